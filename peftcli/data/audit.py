@@ -1,0 +1,167 @@
+"""The label audit: what carries loss, checked and counted before the first step of every run.
+
+It refuses what would train silently on nothing, or on the wrong tokens (rows 3 to 8 of the project's list of known bugs):
+no supervised token, supervised prompts, a doubled BOS, an answer whose end is not learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from peftcli.data.tokenize import Encoded
+from peftcli.errors import DataError
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+_LONGEST_EXAMPLE = 2000
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Counts over the rows of a split, after truncation.
+
+    Attributes:
+        rows, tokens: kept rows and their tokens.
+        supervised_tokens, prompt_tokens: tokens that carry loss, and the others; their sum is ``tokens``.
+        supervised_share: supervised_tokens / tokens, 0 to 1.
+        complete_rows: rows whose end was not cut off.
+        eos_supervised: rows of these whose end token (EOS, or the template's end-of-turn token) carries loss.
+        bos_rows: rows that start with the tokenizer's BOS; none starts with two.
+        truncated, dropped: rows cut, rows left out.
+        train_on: ``completions`` or ``all``.
+        notes: what a user should know.
+        example: one row as (text, supervised) runs.
+        example_origin: its place.
+    """
+
+    rows: int
+    tokens: int
+    supervised_tokens: int
+    prompt_tokens: int
+    supervised_share: float
+    complete_rows: int
+    eos_supervised: int
+    bos_rows: int
+    truncated: int
+    dropped: int
+    train_on: str
+    notes: tuple[str, ...]
+    example: tuple[tuple[str, bool], ...]
+    example_origin: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; ``example`` is a list of [text, supervised] pairs."""
+        values = asdict(self)
+        values["notes"] = list(self.notes)
+        values["example"] = [[text, supervised] for text, supervised in self.example]
+        return values
+
+
+def audit_rows(
+    rows: Sequence[Encoded],
+    tokenizer: Any,
+    *,
+    train_on: Literal["completions", "all"],
+    truncated: int,
+    dropped: int,
+    notes: Sequence[str] = (),
+) -> Audit:
+    """Check and count the rows of a split.
+
+    Args:
+        rows: rows as they will be trained.
+        tokenizer: turns the example's ids back into text.
+        truncated, dropped: counts of the preparation.
+
+    Raises:
+        DataError: nothing is supervised; prompts are supervised although only completions should be; a row starts with
+            two BOS; a complete row's end carries no loss.
+    """
+    tokens = sum(len(row.input_ids) for row in rows)
+    supervised = sum(int(row.supervised.sum()) for row in rows)
+    if not supervised:
+        raise DataError(
+            f"label audit: none of {tokens} tokens in {len(rows)} rows carries loss", hint="see one row with: peftcli check RECIPE"
+        )
+    bos = tokenizer.bos_token_id
+    complete = ended = bos_rows = 0
+    for row in rows:
+        if bos is not None and row.has_start and row.input_ids[0] == bos:
+            bos_rows += 1
+            if len(row.input_ids) > 1 and row.input_ids[1] == bos:
+                raise DataError(
+                    f"label audit: {row.origin} starts with two BOS tokens ({tokenizer.bos_token!r})",
+                    hint="take the BOS out of the chat template or of the data",
+                )
+        whole_prompt = len(row.prompt_ids) if row.has_start and not row.truncated else 0
+        if train_on == "completions" and whole_prompt > 1 and row.supervised[1:].all():
+            raise DataError(f"label audit: every token of {row.origin} carries loss, its prompt of {whole_prompt} tokens too")
+        if row.has_end:
+            complete += 1
+            ended += _end_supervised(row, tokenizer)
+    if ended < complete:
+        raise DataError(f"label audit: the end of the answer carries no loss in {complete - ended} of {complete} complete rows")
+    example = next((row for row in rows if row.has_start and not row.truncated), rows[0])
+    return Audit(
+        rows=len(rows),
+        tokens=tokens,
+        supervised_tokens=supervised,
+        prompt_tokens=tokens - supervised,
+        supervised_share=supervised / tokens,
+        complete_rows=complete,
+        eos_supervised=ended,
+        bos_rows=bos_rows,
+        truncated=truncated,
+        dropped=dropped,
+        train_on=train_on,
+        notes=tuple(notes),
+        example=tuple(runs(example, tokenizer)),
+        example_origin=example.origin,
+    )
+
+
+def end_token(row: Encoded) -> int | None:
+    """The last supervised token of a complete row: what ends an answer, and generation with it."""
+    places = np.flatnonzero(row.supervised)
+    return int(row.input_ids[places[-1]]) if row.has_end and len(places) else None
+
+
+def _end_supervised(row: Encoded, tokenizer: Any) -> bool:
+    last = end_token(row)
+    if last is None:
+        return False
+    token = tokenizer.added_tokens_decoder.get(last)
+    return last == tokenizer.eos_token_id or (token is not None and token.special) or last in tokenizer.all_special_ids
+
+
+def runs(row: Encoded, tokenizer: Any) -> list[tuple[str, bool]]:
+    """A row as text, cut wherever supervision changes; long rows are shortened in the middle of a run."""
+    edges = [0, *(np.flatnonzero(np.diff(row.supervised.astype(np.int8))) + 1).tolist(), len(row.input_ids)]
+    pieces: list[tuple[str, bool]] = []
+    for start, end in pairwise(edges):
+        text = tokenizer.decode(row.input_ids[start:end].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if len(text) > _LONGEST_EXAMPLE:
+            text = f"{text[: _LONGEST_EXAMPLE // 2]} [...] {text[-_LONGEST_EXAMPLE // 2 :]}"
+        pieces.append((text, bool(row.supervised[start])))
+    return pieces
+
+
+def render_example(audit: Audit) -> Text:
+    """The example for a terminal: supervised text in green, the rest dim."""
+    from rich.text import Text
+
+    text = Text()
+    for piece, supervised in audit.example:
+        text.append(piece, style="bold green" if supervised else "dim")
+    return text
+
+
+def plain_example(audit: Audit) -> str:
+    """The example without colours: supervised text stands in ⟦ ⟧."""
+    return "".join(f"⟦{piece}⟧" if supervised else piece for piece, supervised in audit.example)

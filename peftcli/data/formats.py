@@ -1,0 +1,253 @@
+"""From rows in the formats that people have to one neutral form.
+
+========================  ============================================  ==========================================
+format                    columns (optional ones in brackets)           becomes
+========================  ============================================  ==========================================
+``messages``              messages: [{role, content}] [tools]           conversation
+``sharegpt``              conversations: [{from, value}] [system tools]  conversation
+``prompt_completion``     prompt, completion                            raw text for strings, conversation for lists
+``alpaca``                instruction, output [input system]            conversation with a chat template, else raw text
+``text``                  text                                          document
+========================  ============================================  ==========================================
+
+``prompt`` and ``completion`` strings are used as they are, without a chat template and without a separator between them,
+as TRL does; EOS is added after the completion. GSM8K is read with ``columns: {prompt: question, completion: answer}``; to
+ask a chat model the same through its template, use ``format: alpaca`` and ``columns: {instruction: question, output: answer}``.
+In the conversational form of ``prompt_completion`` only the completion's assistant turns carry loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from peftcli.data.faults import Faults
+from peftcli.data.messages import EmptyAnswer, RowFault, read_messages, read_text, read_tools
+from peftcli.data.neutral import Completion, Conversation, Document, Item, Message
+from peftcli.data.readers import Row
+from peftcli.errors import DataError, nearest
+
+# In the order of preference when the columns fit several.
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "text": ("text",),
+}
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "messages": ("tools",),
+    "sharegpt": ("system", "tools"),
+    "prompt_completion": ("tools",),
+    "alpaca": ("input", "system"),
+    "text": (),
+}
+_ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+def known_formats() -> str:
+    """The formats with their columns, for a message."""
+    return "; ".join(f"{name} ({', '.join(columns)})" for name, columns in REQUIRED.items())
+
+
+def detect(columns: Iterable[str], mapping: Mapping[str, str], where: str) -> str:
+    """The format whose columns are there once ``mapping`` (ours: yours) is applied.
+
+    Raises:
+        DataError: no format fits, or the rows are preference pairs; the message lists the columns and says how to map them.
+    """
+    theirs = list(columns)
+    available = set(mapping) | set(theirs) - set(mapping.values())
+    if {"chosen", "rejected"} <= set(theirs) and "completion" not in mapping:
+        raise DataError(
+            f"{where}: the columns {', '.join(theirs)} are preference pairs; this run trains on single answers",
+            hint="name the answers to learn: dataset.format: prompt_completion with dataset.columns: {prompt: ..., completion: chosen}",
+        )
+    for name, required in REQUIRED.items():
+        if set(required) <= available:
+            if "label" in theirs and name in ("messages", "prompt_completion"):
+                raise DataError(
+                    f"{where}: beside {' and '.join(required)} there is a column 'label', as in data with good and bad answers",
+                    hint=f"to learn every answer, whatever its label, name the format: dataset.format: {name}",
+                )
+            return name
+    raise DataError(
+        f"{where}: no known format has the columns {', '.join(theirs) or '(none)'}",
+        hint=f"map them with dataset.columns, for example {{prompt: {theirs[0] if theirs else 'question'}, completion: "
+        f"{theirs[-1] if len(theirs) > 1 else 'answer'}}}. Known formats: {known_formats()}",
+    )
+
+
+def check_mapping(mapping: Mapping[str, str], columns: Iterable[str], where: str) -> None:
+    """Check that a column mapping leads from names of ours to columns that are there.
+
+    Raises:
+        DataError: with every fault and the nearest names.
+    """
+    ours = sorted({name for names in (*REQUIRED.values(), *OPTIONAL.values()) for name in names})
+    theirs = list(columns)
+    faults = Faults()
+    for key, value in mapping.items():
+        if key not in ours:
+            near = nearest(key, ours)
+            faults.add(
+                f"dataset.columns: {key!r} is no column of ours"
+                + (f"; did you mean {near!r}?" if near else f"; ours are {', '.join(ours)}")
+            )
+        if value not in theirs:
+            near = nearest(value, theirs)
+            faults.add(
+                f"{where}: dataset.columns.{key}: there is no column {value!r}; "
+                + (f"did you mean {near!r}? " if near else "")
+                + f"(columns: {', '.join(theirs)})"
+            )
+    faults.raise_if_any()
+
+
+def check_format(mapping: Mapping[str, str], format: str) -> None:
+    """Check that every mapped column is one of the format's, so that no mapping is without effect.
+
+    Raises:
+        DataError: naming the columns that the format does not have.
+    """
+    ours = (*REQUIRED[format], *OPTIONAL[format])
+    strange = [key for key in mapping if key not in ours]
+    if strange:
+        raise DataError(
+            f"dataset.columns: format {format} has no column {', '.join(map(repr, strange))}; it has {', '.join(ours)}",
+            hint="name the format that you mean with dataset.format",
+        )
+
+
+class Converter:
+    """Turns the rows of one source into the neutral form.
+
+    Args:
+        format: a format's name.
+        mapping: column mapping, ours: yours.
+        chat: whether a chat template is in use; without one alpaca rows become the Stanford prompt text.
+        system: system prompt for conversations that have none.
+    """
+
+    def __init__(self, format: str, mapping: Mapping[str, str], *, chat: bool, system: str | None = None) -> None:
+        self.format = format
+        self.mapping = mapping
+        self.chat = chat
+        self.system = system
+
+    def convert(self, row: Row) -> Item:
+        """One row's neutral form.
+
+        Raises:
+            RowFault: a column is missing or holds something else than the format says.
+            EmptyAnswer: the row is well formed but there is nothing to learn from it.
+        """
+        values = self._columns(row)
+        match self.format:
+            case "messages":
+                return self._conversation(row, read_messages(values["messages"], self._theirs("messages")), values)
+            case "sharegpt":
+                messages = read_messages(values["conversations"], self._theirs("conversations"))
+                system = self._optional(values, "system")
+                return self._conversation(row, [Message("system", system), *messages] if system else messages, values)
+            case "prompt_completion":
+                return self._prompt_completion(row, values)
+            case "alpaca":
+                return self._alpaca(row, values)
+        text = read_text(values["text"], self._theirs("text"))
+        if not text.strip():
+            raise EmptyAnswer(self._theirs("text"))
+        return Document(text, row.origin)
+
+    def _theirs(self, ours: str) -> str:
+        return self.mapping.get(ours, ours)
+
+    def _columns(self, row: Row) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for name in REQUIRED[self.format]:
+            theirs = self._theirs(name)
+            if theirs not in row.values:
+                near = nearest(theirs, row.values)
+                raise RowFault(
+                    f"there is no column {theirs!r}"
+                    + (f"; did you mean {near!r}?" if near else "")
+                    + f" (columns: {', '.join(row.values)})"
+                )
+            values[name] = row.values[theirs]
+        for name in OPTIONAL[self.format]:
+            values[name] = row.values.get(self._theirs(name))
+        return values
+
+    def _optional(self, values: dict[str, Any], name: str) -> str:
+        value = values.get(name)
+        return "" if value is None else read_text(value, self._theirs(name))
+
+    def _conversation(self, row: Row, messages: list[Message], values: dict[str, Any]) -> Conversation:
+        column = self._theirs(REQUIRED[self.format][-1])
+        if not any(message.role == "assistant" and message.train for message in messages):
+            raise RowFault(f"{column}: there is no assistant turn to learn (roles: {', '.join(message.role for message in messages)})")
+        if self.system and messages[0].role not in ("system", "developer"):
+            messages = [Message("system", self.system), *messages]
+        return Conversation(messages, row.origin, read_tools(values.get("tools"), self._theirs("tools")))
+
+    def _prompt_completion(self, row: Row, values: dict[str, Any]) -> Item:
+        prompt, completion = values["prompt"], values["completion"]
+        if isinstance(prompt, list) or isinstance(completion, list):
+            if isinstance(prompt, str):
+                prompt = [{"role": "user", "content": prompt}]
+            if isinstance(completion, str):
+                completion = [{"role": "assistant", "content": completion}]
+            asked = [message.without_loss() for message in read_messages(prompt, self._theirs("prompt"))]
+            return self._conversation(row, asked + read_messages(completion, self._theirs("completion")), values)
+        prompt = read_text(prompt, self._theirs("prompt"))
+        completion = read_text(completion, self._theirs("completion"))
+        if not completion.strip():
+            raise EmptyAnswer(self._theirs("completion"))
+        return Completion(prompt, completion, row.origin, prompt)
+
+    def _alpaca(self, row: Row, values: dict[str, Any]) -> Item:
+        instruction = read_text(values["instruction"], self._theirs("instruction"))
+        output = read_text(values["output"], self._theirs("output"))
+        extra = self._optional(values, "input")
+        system = self._optional(values, "system") or self.system or ""
+        if not instruction.strip() and not extra.strip():
+            raise RowFault(f"{self._theirs('instruction')}: empty")
+        if not output.strip():
+            raise EmptyAnswer(self._theirs("output"))
+        request = f"{instruction}\n\n{extra}" if extra.strip() else instruction
+        if self.chat:
+            start = [Message("system", system)] if system else []
+            return Conversation([*start, Message("user", request), Message("assistant", output)], row.origin)
+        text = _ALPACA_INPUT.format(instruction=instruction, input=extra) if extra.strip() else _ALPACA.format(instruction=instruction)
+        return Completion(f"{system}\n\n{text}" if system else text, output, row.origin, request)
+
+
+def convert_rows(rows: Iterable[Row], converter: Converter) -> tuple[list[Item], list[tuple[str, str]]]:
+    """Convert every row of a source.
+
+    Returns:
+        The items, and (origin, column) of each row that is well formed but has an empty answer.
+
+    Raises:
+        DataError: up to ten faulty rows, each with its origin and column.
+    """
+    items: list[Item] = []
+    empty: list[tuple[str, str]] = []
+    faults = Faults()
+    for row in rows:
+        try:
+            items.append(converter.convert(row))
+        except RowFault as fault:
+            faults.add(f"{row.origin}: {fault}", hint=fault.hint)
+        except EmptyAnswer as answer:
+            empty.append((row.origin, str(answer)))
+    faults.raise_if_any()
+    return items, empty

@@ -1,0 +1,77 @@
+"""The neutral form that every data format is turned into before a tokenizer sees it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a conversation.
+
+    Attributes:
+        role: ``system``, ``developer``, ``user``, ``assistant`` or ``tool``.
+        content: its text; may be empty for an assistant message that calls tools.
+        tool_calls: the calls as chat templates expect them (type, function: {name, arguments}).
+        reasoning: the assistant's reasoning where the data has it apart from the content.
+        train: whether an assistant message carries loss.
+    """
+
+    role: str
+    content: str
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    reasoning: str = ""
+    train: bool = True
+
+    def without_loss(self) -> Message:
+        """The same message, carrying no loss."""
+        return replace(self, train=False)
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as ``apply_chat_template`` takes it."""
+        message: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.tool_calls:
+            message["tool_calls"] = list(self.tool_calls)
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        return message
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages to be rendered by a chat template; every assistant turn with ``train`` carries loss."""
+
+    messages: list[Message]
+    origin: str
+    tools: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """Raw text: a prompt, and a completion that carries loss. ``request`` is the part of the prompt that a person reads."""
+
+    prompt: str
+    completion: str
+    origin: str
+    request: str
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Plain text; all of it carries loss."""
+
+    text: str
+    origin: str
+
+
+Item = Conversation | Completion | Document
+
+
+def digest(item: Item) -> bytes:
+    """A key of the content, without the origin: equal for exact duplicates."""
+    values = asdict(item)
+    del values["origin"]
+    return hashlib.blake2b(json.dumps(values, sort_keys=True, default=str).encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -1,0 +1,209 @@
+"""Adapter files of Hugging Face PEFT: write what stock ``peft`` loads, read what it writes.
+
+``adapter_config.json`` is parsed by our own rules (nothing in it is imported or fetched), and tensors are checked by their
+header before anything is allocated. What is written is a function of the weights and the recipe alone, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from peftcli.errors import CheckpointError
+from peftcli.methods import registry
+from peftcli.methods.base import Context, Method
+from peftcli.methods.kinds import AdapterLayer, trainable_state
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# The version of PEFT whose files these are; stock peft reads it to convert older files.
+PEFT_VERSION = "0.21.2"
+_PREFIX = "base_model.model."
+_MAX_CONFIG, _MAX_HEADER = 1 << 20, 32 << 20
+_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter on disk, checked but not yet applied.
+
+    Attributes:
+        fields: of ``adapter_config.json``.
+        tensors: by the file's own keys.
+        method: our method for its type, with the options that the file states.
+    """
+
+    folder: Path
+    fields: dict[str, Any]
+    tensors: dict[str, Tensor]
+    method: Method[Any]
+
+    @property
+    def base_model(self) -> str | None:
+        """Name of the base model that it was trained on."""
+        value = self.fields.get("base_model_name_or_path")
+        return value if isinstance(value, str) and value else None
+
+    @property
+    def new_token_ids(self) -> tuple[int, ...]:
+        """Ids of tokens whose rows the adapter holds."""
+        value = self.fields.get("trainable_token_indices")
+        if isinstance(value, dict):
+            value = next(iter(value.values()), [])
+        return tuple(int(i) for i in value or ())
+
+
+def file_key(model: nn.Module, method: Method[Any], name: str) -> str:
+    """The key in the file for our parameter called ``name``."""
+    path, _, attribute = name.rpartition(".")
+    owner = model.get_submodule(path)
+    plain = _without_base(model, path)
+    keys = method.peft.keys if method.peft else {}
+    suffix = keys.get(attribute, attribute) if isinstance(owner, AdapterLayer) else attribute
+    return f"{_PREFIX}{plain}.{suffix}" if plain else f"{_PREFIX}{suffix}"
+
+
+def _without_base(model: nn.Module, path: str) -> str:
+    """The dotted path with our ``base`` levels taken out."""
+    parts: list[str] = []
+    module = model
+    for part in path.split(".") if path else []:
+        if not (isinstance(module, AdapterLayer) and part == "base"):
+            parts.append(part)
+        module = module.get_submodule(part)
+    return ".".join(parts)
+
+
+def save_adapter(folder: Path, model: nn.Module, method: Method[Any], *, base_model: str, revision: str | None, task_type: str = "CAUSAL_LM") -> list[Path]:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (float32) into ``folder``; returns the two paths."""
+    if method.peft is None:
+        raise CheckpointError(f"{method.config.name} has no file format of PEFT's")
+    folder.mkdir(parents=True, exist_ok=True)
+    fields = {
+        "peft_type": method.peft.peft_type,
+        "task_type": task_type,
+        "base_model_name_or_path": base_model,
+        "revision": revision,
+        "inference_mode": True,
+        "auto_mapping": None,
+        "peft_version": PEFT_VERSION,
+        **method.peft_config(model),
+    }
+    tensors = {file_key(model, method, name): p.detach().to("cpu", torch.float32).contiguous() for name, p in trainable_state(model).items()}
+    weights, config = folder / WEIGHTS, folder / CONFIG
+    aside = weights.with_suffix(".partial")
+    save_file(dict(sorted(tensors.items())), aside, metadata={"format": "pt"})
+    os.replace(aside, weights)
+    config.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return [config, weights]
+
+
+def read_adapter(folder: Path) -> AdapterFile:
+    """Read and check an adapter folder.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, asks for a method or option that is unknown, or holds numbers
+            that are not finite.
+    """
+    fields = _read_config(folder / CONFIG)
+    peft_type = fields.get("peft_type")
+    options: dict[str, Any] = {}
+    found: str | None = None
+    for name in registry.names():
+        cls = registry.get(name)
+        if cls.peft is not None and cls.peft.peft_type == peft_type:
+            found, options = name, cls.from_peft(fields)
+            break
+    if found is None:
+        known = sorted({c.peft.peft_type for c in map(registry.get, registry.names()) if c.peft is not None})
+        raise CheckpointError(f"{folder / CONFIG}: peft_type {peft_type!r} is not known here; known: {', '.join(known)}")
+    cls = registry.get(found)
+    try:
+        method = cls(cls.Config.model_validate({"name": found, **options}))
+    except ValueError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from None
+    return AdapterFile(folder, fields, read_tensors(folder / WEIGHTS), method)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_CONFIG:
+            raise CheckpointError(f"{path} is larger than {_MAX_CONFIG} bytes; that is no adapter's config")
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} holds no adapter: there is no {path.name}", hint="name a run's folder or its adapter/ folder.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return fields
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file whose header, dtypes and values are sound.
+
+    Raises:
+        CheckpointError: with what is wrong.
+    """
+    if not path.is_file():
+        pickled = path.parent / "adapter_model.bin"
+        hint = "adapter_model.bin is a pickle, which can run code and is not read; convert it with peft." if pickled.exists() else None
+        raise CheckpointError(f"{path} is missing", hint=hint)
+    try:
+        with open(path, "rb") as handle:
+            head = handle.read(8)
+            size = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+            if not 2 <= size <= min(_MAX_HEADER, path.stat().st_size - 8):
+                raise CheckpointError(f"{path} is no safetensors file: its header claims {size} bytes")
+            header = json.loads(handle.read(size))
+        for key, entry in header.items():
+            if key == "__metadata__":
+                continue
+            if entry["dtype"] not in _DTYPES:
+                raise CheckpointError(f"{path}: {key} has dtype {entry['dtype']}; allowed: {', '.join(_DTYPES)}")
+            if math.prod(entry["shape"]) == 0:
+                raise CheckpointError(f"{path}: {key} is empty (shape {entry['shape']})", hint="weights of a sharded model were saved without being gathered.")
+        tensors = load_file(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise CheckpointError(f"{path}: {len(bad)} tensors hold NaN or infinity, such as {bad[0]}")
+    return tensors
+
+
+def apply_adapter(model: nn.Module, adapter: AdapterFile, ctx: Context | None = None) -> nn.Module:
+    """Apply the adapter's method to ``model`` and load its weights.
+
+    Raises:
+        CheckpointError: keys or shapes do not fit the model; lists what is missing and what is not expected.
+    """
+    ctx = ctx or Context()
+    ctx = Context(seed=ctx.seed, new_token_ids=adapter.new_token_ids, frozen_quantized=ctx.frozen_quantized)
+    applied = adapter.method.apply(model, ctx)
+    load_tensors(applied, adapter.method, adapter.tensors, adapter.folder / WEIGHTS)
+    return applied
+
+
+def load_tensors(model: nn.Module, method: Method[Any], tensors: Mapping[str, Tensor], origin: Path) -> None:
+    """Copy a file's tensors into the trainable parameters of ``model``; every key must be used, every parameter filled."""
+    wanted = {file_key(model, method, name): parameter for name, parameter in trainable_state(model).items()}
+    missing, unexpected = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
+    if missing or unexpected:
+        parts = [f"{len(keys)} {what} such as {keys[0]}" for keys, what in ((missing, "missing"), (unexpected, "not expected")) if keys]
+        raise CheckpointError(f"{origin} does not fit the model: {'; '.join(parts)}", hint="is it the adapter of another base model?")
+    with torch.no_grad():
+        for key, parameter in wanted.items():
+            if tensors[key].shape != parameter.shape:
+                raise CheckpointError(f"{origin}: {key} is {tuple(tensors[key].shape)}, the model needs {tuple(parameter.shape)}")
+            parameter.copy_(tensors[key])

@@ -1,0 +1,202 @@
+"""Attention over rows that are laid end to end without padding: no document sees another, exactly.
+
+Rows of similar length are gathered into small rectangles, attention runs on each, and the results go back to their
+places. Under a causal mask a row's padding comes after all its tokens, so no token ever attends to it; and the way back
+takes tokens only, so padding gets no gradient. Both directions are pure gathers: deterministic on every device.
+
+The plain reference (:func:`reference_attention`) builds the block-diagonal mask and is what the tests compare with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NAME = "peftcli_packed"
+# A rectangle may be this much larger than its tokens before a new one is begun: a call costs about as much as that waste.
+_WASTE = 1.25
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """Documents that are attended to together.
+
+    Attributes:
+        gather: [documents, longest] positions in the packed row; padding repeats position 0.
+        causal_only: every document has the same length, so there is no padding.
+    """
+
+    gather: Tensor
+    valid: Tensor | None
+
+
+class Documents:
+    """Where each document lies in a packed row of ``total`` tokens, prepared once for all layers of a batch.
+
+    Args:
+        lengths: of the documents, in the order in which they lie.
+        device: of the index tensors.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.lengths = tuple(lengths)
+        self.total = sum(self.lengths)
+        starts = [0]
+        for length in self.lengths[:-1]:
+            starts.append(starts[-1] + length)
+        order = sorted(range(len(self.lengths)), key=lambda i: (-self.lengths[i], i))
+        groups: list[list[int]] = []
+        for index in order:
+            group = groups[-1] if groups else None
+            if group is not None:
+                tall = self.lengths[group[0]]
+                tokens = sum(self.lengths[i] for i in group) + self.lengths[index]
+                if tall * (len(group) + 1) <= _WASTE * tokens:
+                    group.append(index)
+                    continue
+            groups.append([index])
+        self.rectangles: list[Rectangle] = []
+        inverse = torch.empty(self.total, dtype=torch.long)
+        offset = 0
+        for group in groups:
+            longest = self.lengths[group[0]]
+            gather = torch.zeros(len(group), longest, dtype=torch.long)
+            valid = torch.zeros(len(group), longest, dtype=torch.bool)
+            for row, index in enumerate(group):
+                start, length = starts[index], self.lengths[index]
+                gather[row, :length] = torch.arange(start, start + length)
+                valid[row, :length] = True
+                inverse[start : start + length] = torch.arange(offset, offset + length)
+                offset += longest
+            full = bool(valid.all())
+            self.rectangles.append(Rectangle(gather.to(device), None if full else valid.to(device)))
+        self.inverse = inverse.to(device)
+
+
+class _Gather(torch.autograd.Function):
+    """[total, ...] -> [documents * longest, ...] by ``gather``; its gradient is taken back by ``inverse``, so that
+    positions repeated as padding add nothing and nothing is accumulated in an undefined order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gather: Tensor, place: Tensor, slots: Tensor) -> Tensor:
+        ctx.save_for_backward(place, slots)
+        ctx.total = x.shape[0]
+        return x.index_select(0, gather)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        place, slots = ctx.saved_tensors
+        (grad,) = grads
+        out = grad.new_zeros(ctx.total, *grad.shape[1:])
+        out[place] = grad.index_select(0, slots)
+        return out, None, None, None
+
+
+class _Scatter(torch.autograd.Function):
+    """[slots, ...] -> [total, ...] by ``inverse``; slots that hold padding get no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.slots = x.shape[0]
+        return x.index_select(0, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (inverse,) = ctx.saved_tensors
+        (grad,) = grads
+        out = grad.new_zeros(ctx.slots, *grad.shape[1:])
+        out[inverse] = grad
+        return out, None
+
+
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, documents: Documents, *, scaling: float, causal: bool = True, dropout: float = 0.0) -> Tensor:
+    """Attention within each document.
+
+    Args:
+        query: [1, heads, total, width]; ``key``, ``value``: [1, key-value heads, total, width] (grouped-query attention
+            when there are fewer).
+        documents: where the documents lie; ``total`` tokens.
+        scaling: of the scores.
+
+    Returns:
+        [1, total, heads, width].
+    """
+    heads, groups = query.shape[1], query.shape[1] // key.shape[1]
+    outputs: list[Tensor] = []
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    for rectangle in documents.rectangles:
+        rows, longest = rectangle.gather.shape
+        if rectangle.valid is None and rows == 1 and longest == documents.total:
+            parts = [x.unsqueeze(0).transpose(1, 2) for x in (q, k, v)]
+        else:
+            flat = rectangle.gather.reshape(-1)
+            slots = torch.arange(flat.numel(), device=flat.device) if rectangle.valid is None else rectangle.valid.reshape(-1).nonzero().squeeze(-1)
+            place = flat.index_select(0, slots)
+            parts = [_Gather.apply(x, flat, place, slots).view(rows, longest, x.shape[1], x.shape[2]).transpose(1, 2) for x in (q, k, v)]
+        mask = None if causal or rectangle.valid is None else rectangle.valid[:, None, None, :]
+        out = F.scaled_dot_product_attention(
+            parts[0], parts[1], parts[2], attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=groups > 1
+        )
+        outputs.append(out.transpose(1, 2).reshape(rows * longest, heads, -1))
+    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return _Scatter.apply(joined, documents.inverse).unsqueeze(0)
+
+
+def reference_attention(query: Tensor, key: Tensor, value: Tensor, documents: Documents, *, scaling: float, causal: bool = True) -> Tensor:
+    """The same by a block-diagonal mask over the whole row; shapes as in :func:`packed_attention`."""
+    owner = torch.repeat_interleave(torch.arange(len(documents.lengths)), torch.tensor(documents.lengths)).to(query.device)
+    mask = owner[:, None] == owner[None, :]
+    if causal:
+        mask = mask & torch.ones_like(mask).tril()
+    repeat = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    scores = (query @ key.transpose(-1, -2)) * scaling
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    return (weights @ value).transpose(1, 2)
+
+
+def _forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls as attention. Without ``documents`` (generation, padded batches) it is plain SDPA."""
+    documents: Documents | None = kwargs.pop("documents", None)
+    if documents is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)  # type: ignore[no-untyped-call, no-any-return]
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
+        raise PackingUnsupportedError("the model's attention has a term that packed rows do not support")
+    window = kwargs.get("sliding_window")
+    if window is not None and max(documents.lengths) > window:
+        raise PackingUnsupportedError(f"a row of {max(documents.lengths)} tokens is longer than the model's attention window of {window}")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    return packed_attention(query, key, value, documents, scaling=scale, causal=causal, dropout=dropout), None
+
+
+class PackingUnsupportedError(Exception):
+    """This model's attention cannot run over packed rows; the caller falls back to padded ones."""
+
+
+def register() -> str:
+    """Make the packed attention known to transformers and return its name for ``attn_implementation``."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, _forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return NAME

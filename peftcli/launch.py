@@ -1,0 +1,47 @@
+"""Several processes on this machine, through torch's own launcher. Imports no torch until it launches."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+
+
+def inside() -> bool:
+    """Whether a launcher (`torchrun`, `accelerate launch`, or ours) started this process."""
+    return "LOCAL_RANK" in os.environ
+
+
+def rank() -> int:
+    """This process's number among all."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def spawn(processes: int) -> int:
+    """Run this command again in ``processes`` processes; returns the exit code of the first that failed, or 0."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # Processes that share the cores with as many threads as if alone only get in each other's way.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    with tempfile.TemporaryDirectory() as logs:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            rdzv_configs={"timeout": 300},
+            max_restarts=0,
+            monitor_interval=0.1,
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "peftcli", *sys.argv[1:])
+        except ChildFailedError as error:
+            codes = [failure.exitcode for _, failure in sorted(error.failures.items())]
+            # A killed process has a negative code: shells write 128 + the signal.
+            code = next((c for c in codes if c > 0), codes[0] if codes else 1)
+            return code if code > 0 else 128 - code
+    return 0

@@ -1,0 +1,170 @@
+"""Fold an adapter into its base and save an ordinary model folder, then prove that it computes the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from peftcli import quantization
+from peftcli.data.batching import collate
+from peftcli.errors import CheckFailed
+from peftcli.methods.kinds import AdapterLayer, NewTokens, adapter_layers
+from peftcli.methods.targets import replace
+from peftcli.model.task import CausalLM
+
+# Text on which base + adapter and the merged model are compared when a run has no held-out rows of its own.
+PROBE = (
+    "The quick brown fox jumps over the lazy dog. In 1969 two people walked on the Moon; the third stayed in orbit. "
+    "def add(a, b): return a + b\n Question: what is 12 times 12? Answer: 144. 今天天气很好。 Bonjour, comment allez-vous ?"
+)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far the merged model is from base + adapter.
+
+    Attributes:
+        max_difference: largest absolute difference of two logits.
+        kl: mean Kullback-Leibler divergence from base + adapter to merged, nats for each token.
+        top1: share of positions whose most likely token is the same.
+        positions: how many were compared.
+        limits: the thresholds that apply: ``max_difference`` for float32 over a dense base, else ``kl`` and ``top1``.
+    """
+
+    max_difference: float
+    kl: float
+    top1: float
+    positions: int
+    limits: dict[str, float]
+
+    @property
+    def passed(self) -> bool:
+        if "max_difference" in self.limits:
+            return self.max_difference <= self.limits["max_difference"]
+        return self.kl <= self.limits["kl"] and self.top1 >= self.limits["top1"]
+
+
+def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replace every adapter layer by the plain layer that computes the same, and every quantized layer by its dense one.
+
+    Args:
+        model: changed in place.
+        dtype: of the folded layers; default: that of the dense weight (bfloat16 for quantized ones computing in it).
+
+    Embeddings and output layers that were tied stay tied where both are folded alike; otherwise they are untied.
+    """
+    for name, layer in adapter_layers(model).items():
+        replace(model, name, _folded(layer, dtype))
+    for name, module in list(model.named_modules()):
+        if quantization.is_quantized(module):
+            weight, bias = quantization.dense_weight(module), getattr(module, "bias", None)
+            replace(model, name, _linear(weight, bias, dtype or _compute_dtype(module)))
+    _retie(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if dtype is not None:
+        model.to(dtype)
+    return model
+
+
+def _compute_dtype(module: nn.Module) -> torch.dtype:
+    return cast("torch.dtype | None", getattr(module, "compute_dtype", None)) or torch.float32
+
+
+def _folded(layer: AdapterLayer, dtype: torch.dtype | None) -> nn.Module:
+    base = layer.base
+    bias = cast("Tensor | None", getattr(base, "bias", None))
+    with torch.no_grad():
+        if quantization.is_quantized(base):
+            weight, bias = layer.fold(quantization.dense_weight(base), bias)
+            return _linear(weight, bias, dtype or _compute_dtype(base))
+        stored = cast(Tensor, base.weight).detach()
+        wide = stored if stored.dtype == torch.float64 else stored.float()
+        transposed = type(base).__name__ == "Conv1D"
+        weight, bias = layer.fold(wide.t() if transposed else wide, bias)
+        if transposed:
+            weight = weight.t()
+        # A new parameter, never a change in place: another module may share the old one.
+        cast(Any, base).weight = nn.Parameter(weight.to(dtype or stored.dtype).contiguous(), requires_grad=False)
+        if bias is not None:
+            cast(Any, base).bias = nn.Parameter(bias.detach().to(dtype or stored.dtype), requires_grad=False)
+    return base
+
+
+def _linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+    return linear
+
+
+def _retie(model: Any) -> None:
+    """Tie input and output embeddings again where they are equal; say in the config that they are not where they differ."""
+    config = getattr(model, "config", None)
+    if config is None or not getattr(config, "tie_word_embeddings", False):
+        return
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding is None or head is None or head.weight is embedding.weight:
+        return
+    if torch.equal(embedding.weight, head.weight):
+        head.weight = embedding.weight
+    else:
+        config.tie_word_embeddings = False
+
+
+def probe_rows(tokenizer: Any, rows: Sequence[np.ndarray[Any, Any]] = ()) -> list[np.ndarray[Any, np.dtype[np.int32]]]:
+    """Token rows to compare on: the given ones, or a built-in text."""
+    if rows:
+        return [np.asarray(row, dtype=np.int32) for row in rows]
+    ids = tokenizer(PROBE, add_special_tokens=True)["input_ids"]
+    return [np.asarray(ids, dtype=np.int32)]
+
+
+def logits_of(model: nn.Module, rows: Sequence[np.ndarray[Any, Any]], device: torch.device) -> Tensor:
+    """[positions, vocabulary] float32 logits on the CPU, every position of every row, one row at a time."""
+    task = CausalLM(model)
+    model.eval()
+    collected = []
+    with torch.no_grad():
+        for row in rows:
+            batch = collate([row], [np.ones(len(row), dtype=np.bool_)], packed=False, device=device)
+            collected.append(task.logits(batch).float().cpu())
+    return torch.cat(collected)
+
+
+def parity(adapted: Tensor, merged: Tensor, *, exact: bool) -> Parity:
+    """Compare two sets of logits, [positions, vocabulary] each.
+
+    Args:
+        exact: both were computed in float32 over a dense base, so they differ by rounding only.
+    """
+    width = min(adapted.shape[1], merged.shape[1])
+    p, q = adapted[:, :width].double().log_softmax(-1), merged[:, :width].double().log_softmax(-1)
+    kl = float((p.exp() * (p - q)).sum(-1).mean())
+    top1 = float((adapted[:, :width].argmax(-1) == merged[:, :width].argmax(-1)).double().mean())
+    difference = float((adapted[:, :width] - merged[:, :width]).abs().max())
+    limits = {"max_difference": 1e-4} if exact else {"kl": 5e-3, "top1": 0.99}
+    return Parity(difference, max(kl, 0.0), top1, len(p), limits)
+
+
+def check(result: Parity, folder: Path) -> None:
+    """Raises:
+    CheckFailed: the merged model is not what base + adapter computes.
+    """
+    if not result.passed:
+        limits = ", ".join(f"{name} {'>=' if name == 'top1' else '<='} {value:g}" for name, value in result.limits.items())
+        raise CheckFailed(
+            f"the merged model in {folder} differs from base + adapter: largest difference {result.max_difference:.3g}, "
+            f"KL {result.kl:.3g}, same top token {result.top1:.2%} of {result.positions} (allowed: {limits})",
+            hint="merge with --dtype float32, or keep the adapter beside the base.",
+        )
+
+
+__all__ = ["NewTokens", "Parity", "check", "logits_of", "merge", "parity", "probe_rows"]

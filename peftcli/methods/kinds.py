@@ -1,0 +1,239 @@
+"""The kinds of methods: what a method of each kind shares, so that one file with a few lines is a whole method.
+
+``Select`` lets a choice of the base's own parameters move. ``LayerMethod`` replaces modules by adapter layers that hold them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftcli.errors import UsageError, nearest
+from peftcli.methods import targets
+from peftcli.methods.base import C, Context, Method, MethodConfig
+
+
+class AdapterLayer(nn.Module):
+    """A module that holds the base module and adds to what it computes. It never subclasses it, so the base may be
+    dense, quantized or of another library; only :meth:`fold` needs the dense weight.
+
+    Trainable parameters are direct attributes of the layer; their names key the file formats.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight: some models look at its dtype or device."""
+        return cast(Tensor, self.base.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return cast("Tensor | None", getattr(self.base, "bias", None))
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The dense weight and bias that compute what base and adapter compute together.
+
+        Args:
+            weight: of the base, [out, in] for linear layers and [vocabulary, width] for embeddings, float32 or float64.
+            bias: [out] or ``None``.
+        """
+        raise NotImplementedError
+
+
+def features(base: nn.Module) -> tuple[int, int]:
+    """(in, out) of a linear layer, whatever its storage."""
+    if type(base).__name__ == "Conv1D":  # GPT-2: weight is [in, out]
+        weight = cast(Tensor, base.weight)
+        return weight.shape[0], weight.shape[1]
+    return cast(int, base.in_features), cast(int, base.out_features)
+
+
+def freeze(model: nn.Module) -> None:
+    """No parameter of ``model`` gets a gradient."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def unfreeze(parameter: nn.Parameter) -> None:
+    """Let ``parameter`` move, in float32: half-precision weights lose small updates."""
+    parameter.data = parameter.data.to(torch.float32)
+    parameter.requires_grad_(True)
+
+
+def untie(model: nn.Module, module: nn.Module) -> None:
+    """Give ``module`` a weight of its own where it shares it (tied input and output embeddings), so that changing one
+    does not change the other."""
+    weight = module.weight
+    for other in model.modules():
+        if other is not module and getattr(other, "weight", None) is weight:
+            module.weight = nn.Parameter(cast(Tensor, weight).detach().clone(), requires_grad=False)
+            config = getattr(model, "config", None)
+            if config is not None and getattr(config, "tie_word_embeddings", False):
+                config.tie_word_embeddings = False
+            return
+
+
+class NewTokens(AdapterLayer):
+    """Trains the rows of added tokens only; the other rows of the embedding (or output layer) stay frozen.
+
+    Args:
+        base: an embedding [vocabulary, width], or an output layer whose weight is [vocabulary, width].
+        ids: of the added tokens, n.
+        shared: the layer whose rows this one uses as well (tied embeddings).
+
+    The parameter ``trainable_tokens_delta`` [n, width] holds the rows themselves (as in PEFT's trainable tokens), so the
+    values that a later resize puts into the base do not matter.
+    """
+
+    def __init__(self, base: nn.Module, ids: Sequence[int], shared: NewTokens | None = None) -> None:
+        super().__init__(base)
+        weight = cast(Tensor, base.weight)
+        self.register_buffer("ids", torch.tensor(list(ids), dtype=torch.long, device=weight.device), persistent=False)
+        if shared is None:
+            self.trainable_tokens_delta = nn.Parameter(weight.detach()[list(ids)].to(torch.float32).clone())
+        else:
+            self.trainable_tokens_delta = shared.trainable_tokens_delta
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = cast(Tensor, self.ids)
+        result = cast(Tensor, self.base(x))
+        rows = self.trainable_tokens_delta.to(result.dtype)
+        if isinstance(self.base, nn.Embedding):
+            position = torch.full((self.base.num_embeddings,), -1, dtype=torch.long, device=x.device)
+            position[ids] = torch.arange(len(ids), device=x.device)
+            place = position[x]
+            new = F.embedding(place.clamp(min=0), rows)
+            scale = getattr(self.base, "embed_scale", None)
+            if scale is not None:
+                new = new * scale.to(new.dtype)
+            return torch.where((place >= 0).unsqueeze(-1), new, result)
+        return result.index_copy(-1, ids, F.linear(x, rows.to(x.dtype)).to(result.dtype))
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight.index_copy(0, cast(Tensor, self.ids), self.trainable_tokens_delta.to(weight)), bias
+
+
+def train_new_tokens(model: Any, ids: Sequence[int]) -> None:
+    """Make the embeddings (and output rows) of the added tokens trainable; tied ones stay tied."""
+    if not ids:
+        return
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    names = {id(module): name for name, module in model.named_modules()}
+    rows = NewTokens(embedding, ids)
+    targets.replace(model, names[id(embedding)], rows)
+    if head is not None:
+        targets.replace(model, names[id(head)], NewTokens(head, ids, shared=rows if tied else None))
+
+
+class Select(Method[C]):
+    """Methods that train a choice of the base's own parameters."""
+
+    def trainable(self, name: str) -> bool:
+        """Whether the parameter called ``name`` moves."""
+        raise NotImplementedError
+
+    def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
+        freeze(model)
+        for name, parameter in model.named_parameters():
+            if self.trainable(name):
+                unfreeze(parameter)
+        return model
+
+
+class LayerMethod(Method[C]):
+    """Methods that put an adapter layer in the place of each target module.
+
+    The options must have ``target_modules``; ``exclude_modules`` and ``modules_to_save`` (names of modules that are
+    trained and saved whole) are optional.
+    """
+
+    layer: ClassVar[type[AdapterLayer]]
+
+    def make_layer(self, name: str, base: nn.Module, ctx: Context) -> AdapterLayer:
+        """The adapter layer that holds ``base``, the module called ``name``."""
+        raise NotImplementedError
+
+    def target_names(self, model: nn.Module) -> list[str]:
+        options: Any = self.config
+        return targets.match(model, options.target_modules, getattr(options, "exclude_modules", ()))
+
+    def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
+        names = self.target_names(model)
+        whole = self._whole_modules(model)
+        both = sorted(set(names) & set(whole))
+        if both:
+            raise UsageError(f"method.modules_to_save: {', '.join(both)} is also adapted by target_modules; choose one of the two")
+        freeze(model)
+        train_new_tokens(model, ctx.new_token_ids)
+        for name in names:
+            base = model.get_submodule(name)
+            if not isinstance(base, NewTokens) and hasattr(base, "weight"):
+                layer = self.make_layer(name, base, ctx)
+                layer.to(cast(Tensor, base.weight).device)
+                layer.train(model.training)
+                targets.replace(model, name, layer)
+            else:
+                raise UsageError(f"method.target_modules: {name} already trains the rows of the new tokens; take it out of the targets")
+        for name in whole:
+            module = model.get_submodule(name)
+            if hasattr(module, "weight"):
+                untie(model, module)
+            for parameter in module.parameters():
+                unfreeze(parameter)
+        return model
+
+    def _whole_modules(self, model: nn.Module) -> list[str]:
+        wanted: Sequence[str] = getattr(self.config, "modules_to_save", ()) or ()
+        modules = dict(model.named_modules())
+        found: list[str] = []
+        for end in wanted:
+            names = [name for name in modules if name == end or name.endswith(f".{end}")]
+            if not names:
+                leaves = {name.rpartition(".")[2] for name in modules}
+                near = nearest(end, leaves)
+                raise UsageError(
+                    f"method.modules_to_save: no module is called {end!r}", hint=f"did you mean {near!r}?" if near else None
+                )
+            found += names
+        return found
+
+
+def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
+    """Every adapter layer of ``model`` by dotted name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdapterLayer)}
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """Every trainable parameter by name, sorted; shared parameters once."""
+    return {name: parameter for name, parameter in sorted(model.named_parameters()) if parameter.requires_grad}
+
+
+def trains_base_weights(model: nn.Module) -> bool:
+    """Whether a parameter outside an adapter layer moves: its products then need autocast when computing in bfloat16."""
+    owned = {id(p) for layer in adapter_layers(model).values() for p in layer.parameters(recurse=False)}
+    return any(p.requires_grad and id(p) not in owned for p in model.parameters())
+
+
+__all__ = [
+    "AdapterLayer",
+    "LayerMethod",
+    "MethodConfig",
+    "NewTokens",
+    "Select",
+    "adapter_layers",
+    "features",
+    "freeze",
+    "train_new_tokens",
+    "trainable_state",
+    "trains_base_weights",
+    "unfreeze",
+    "untie",
+]

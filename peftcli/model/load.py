@@ -1,0 +1,201 @@
+"""Load the base model and its tokenizer, dense or quantized, ready to be adapted, merged and saved."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from peftcli import quantization
+from peftcli.errors import ModelError
+from peftcli.kernels import attention
+from peftcli.methods.targets import output_layer_name, replace
+from peftcli.model.source import Source, resolve
+from peftcli.recipe.schema import BaseModelSection
+
+Task = Literal["causal_lm", "features"]
+
+
+@dataclass
+class Base:
+    """A loaded base model.
+
+    Attributes:
+        model: a transformers model in evaluation mode, frozen linear layers quantized where asked for.
+        tokenizer: with a pad token and the recipe's new tokens.
+        source: where it came from.
+        dtype: of the computation.
+        quantization: ``nf4``, ``fp4``, ``int8`` or ``None``.
+        revision: the commit, for hub models.
+        new_token_ids: ids of the tokens that the recipe added.
+        parameters: number of parameters of the dense model (tied ones once).
+    """
+
+    model: Any
+    tokenizer: Any
+    source: Source
+    dtype: torch.dtype
+    quantization: str | None
+    revision: str | None
+    new_token_ids: tuple[int, ...]
+    parameters: int
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest row that the model's positions allow, in tokens."""
+        value = getattr(self.model.config, "max_position_embeddings", None) or getattr(self.model.config, "n_positions", None)
+        return int(value) if value else None
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that a recipe's ``dtype`` means on ``device``; ``auto`` is bfloat16 where products in it run natively."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return torch.bfloat16 if device.type == "cpu" and probe is not None and probe() else torch.float32
+
+
+def load_tokenizer(source: Source, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer that lies with the model; a missing pad token becomes the EOS token, as is usual."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.location, gguf_file=source.gguf_file, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _load_error(source, "tokenizer", error) from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(f"base_model.name: the tokenizer of {source.name} has neither a pad token nor an EOS token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(
+    section: BaseModelSection,
+    *,
+    device: torch.device | str = "cpu",
+    task: Task = "causal_lm",
+    base_dir: Path | None = None,
+    trust_remote_code: bool = False,
+    tokenizer_folder: Path | None = None,
+    master_weights: bool = False,
+) -> Base:
+    """Load what a recipe's ``base_model`` section names.
+
+    Args:
+        trust_remote_code: allowed on the command line, with a pinned ``revision``; a recipe cannot ask for it.
+        tokenizer_folder: take the tokenizer from here (an adapter's folder) instead of from the base.
+        master_weights: keep the weights in float32 although the computation is in bfloat16 (every weight is trained).
+
+    Raises:
+        ModelError: it cannot be found or read, lacks weights, or is no causal language model.
+    """
+    if trust_remote_code and section.revision is None:
+        raise ModelError("remote code is only run at a pinned base_model.revision", hint="set base_model.revision to a commit of the model.")
+    device = torch.device(device)
+    source = resolve(section.name, base_dir)
+    dtype = resolve_dtype(section.dtype, device)
+    tokens = Source(str(tokenizer_folder), str(tokenizer_folder), None, True) if tokenizer_folder else source
+    tokenizer = load_tokenizer(tokens, None if tokenizer_folder else section.revision, trust_remote_code=trust_remote_code and not tokenizer_folder)
+    storage = torch.float32 if master_weights and section.quantization is None else dtype
+    model, revision = _load_model(source, section.revision, storage, task, trust_remote_code)
+    parameters = sum(p.numel() for p in model.parameters())
+    new_ids = _add_tokens(model, tokenizer, section.new_tokens)
+    if section.quantization is not None:
+        quantize(model, section.quantization, double=section.double_quantization, compute_dtype=dtype, device=device)
+    model.to(device)
+    model.eval()
+    return Base(model, tokenizer, source, dtype, section.quantization, revision, new_ids, parameters)
+
+
+def _load_model(source: Source, revision: str | None, dtype: torch.dtype, task: Task, trust_remote_code: bool) -> tuple[Any, str | None]:
+    import transformers
+
+    auto = {"causal_lm": transformers.AutoModelForCausalLM, "features": transformers.AutoModel}[task]
+    extra: dict[str, Any] = {}
+    if source.gguf_file is not None and hasattr(transformers, "GgufConfig"):
+        # Newer versions leave GGUF weights in their blocks; training, quantizing and merging need them dense.
+        extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    shout = logging.getLogger("transformers.modeling_utils")
+    level = shout.level
+    shout.setLevel(logging.ERROR)
+    try:
+        model, info = auto.from_pretrained(
+            source.location,
+            gguf_file=source.gguf_file,
+            revision=revision or "main",
+            dtype=dtype,
+            attn_implementation=attention.register() if task == "causal_lm" else None,
+            use_safetensors=None if source.gguf_file else True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **extra,
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise _load_error(source, "model", error) from error
+    finally:
+        shout.setLevel(level)
+    missing = sorted(info["missing_keys"])
+    if missing and task == "causal_lm":
+        raise ModelError(
+            f"base_model.name: {source.name} lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]}",
+            hint="it is probably no causal language model; those missing weights would be random numbers.",
+        )
+    if task == "causal_lm" and hasattr(model.config, "is_decoder") and not model.config.is_decoder and type(model).__name__.endswith("LMHeadModel"):
+        if model.config.model_type not in ("gpt2",):
+            raise ModelError(f"base_model.name: {source.name} is an encoder ({type(model).__name__}); it cannot be trained to continue text")
+    if source.gguf_file is not None:
+        forget_gguf(model)
+    return model, getattr(model.config, "_commit_hash", None)
+
+
+def forget_gguf(model: Any) -> None:
+    """Weights from a GGUF file are dense once loaded; without this transformers refuses to save them as if quantized."""
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.is_quantized = False
+    if hasattr(model, "quantization_method"):
+        model.quantization_method = None
+
+
+def _add_tokens(model: Any, tokenizer: Any, tokens: Sequence[str]) -> tuple[int, ...]:
+    """Add the recipe's tokens and make room for every token of the tokenizer; fresh rows start as the mean of the others."""
+    if tokens:
+        tokenizer.add_tokens(list(tokens))
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with torch.no_grad():
+            for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+                if layer is not None:
+                    layer.weight[rows:] = layer.weight[:rows].float().mean(0).to(layer.weight.dtype)
+    return tuple(tokenizer.convert_tokens_to_ids(token) for token in tokens)
+
+
+def quantize(model: Any, kind: str, *, double: bool, compute_dtype: torch.dtype, device: torch.device) -> None:
+    """Put quantized twins in the place of all linear layers but the output layer, one by one on ``device``."""
+    head = output_layer_name(model)
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and name != head:
+            module.to(device)
+            replace(model, name, quantization.quantize_linear(module, kind, double=double, compute_dtype=compute_dtype))
+
+
+def _load_error(source: Source, what: str, error: Exception) -> ModelError:
+    text = str(error).strip().splitlines()
+    first = text[0] if text else type(error).__name__
+    if not source.is_local:
+        hint = "check the id and the revision, that the machine reaches the model hub (HF_HUB_OFFLINE, HF_ENDPOINT), and HF_TOKEN for gated models."
+    elif source.gguf_file is not None:
+        hint = "GGUF files need the `gguf` package and an architecture that transformers can read."
+    else:
+        hint = "the folder must hold config.json, tokenizer files and *.safetensors weights (pickled weights are not loaded)."
+    return ModelError(f"the {what} of {source.name} cannot be loaded: {first}", hint=hint)

@@ -1,0 +1,185 @@
+"""The output folder of a run: one writer at a time, the saved weights, and the proof that they are alive."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from peftcli.errors import Busy, CheckpointError, PeftcliError, UsageError
+from peftcli.interchange import hf_peft
+from peftcli.methods.base import Method
+from peftcli.methods.kinds import trainable_state
+from peftcli.recipe.schema import Recipe
+from peftcli.report.schema import LiveAdapterCheck
+
+RESULTS = ("recipe.yaml", "adapter", "model", "metrics.jsonl", "report.json", "report.md", "report.html", "checkpoints", "trackers")
+
+
+class OutputFolder:
+    """Claims a run's folder while the run is on.
+
+    Args:
+        resume: go on with the run that is there. ``overwrite``: remove what an earlier run left.
+
+    Raises:
+        Busy: another process writes there; says which.
+        UsageError: a run is there already and neither was asked for, or the folder cannot be written.
+    """
+
+    def __init__(self, path: Path, *, resume: bool, overwrite: bool) -> None:
+        self.path, self.resume, self.overwrite = path, resume, overwrite
+        self._lock: Any = None
+
+    def __enter__(self) -> Path:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held open as long as the run
+        except OSError as error:
+            raise UsageError(f"output_dir: {self.path} cannot be written: {error.strerror or error}", hint="choose another output_dir.") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "another process"
+            self._lock.close()
+            raise Busy(f"{self.path} is being written by {holder}", hint="wait for it, or choose another output_dir.") from None
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()}")
+        self._lock.flush()
+        there = [name for name in RESULTS if (self.path / name).exists()]
+        if there and not self.resume:
+            if not self.overwrite:
+                self._release()
+                raise UsageError(
+                    f"output_dir: {self.path} holds an earlier run ({', '.join(there)})",
+                    hint="--resume goes on with it, --overwrite replaces it, output_dir=... takes another folder.",
+                )
+            for name in there:
+                target = self.path / name
+                shutil.rmtree(target) if target.is_dir() else target.unlink()
+        return self.path
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.truncate(0)
+            self._lock.close()
+            (self.path / ".lock").unlink(missing_ok=True)
+            self._lock = None
+
+
+def fingerprints(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Two checksums of every trainable parameter's bits, to tell later which have moved."""
+    return {name: _checksum(parameter) for name, parameter in trainable_state(model).items()}
+
+
+def _checksum(parameter: Tensor) -> tuple[int, int]:
+    bits = parameter.detach().contiguous().view(-1).view(torch.int32 if parameter.element_size() == 4 else torch.int64).to(torch.int64)
+    place = torch.arange(1, bits.numel() + 1, device=bits.device, dtype=torch.int64)
+    # Wrapping arithmetic is as good a checksum as any.
+    return int(bits.sum()), int((bits * place).sum())
+
+
+def save_result(folder: Path, model: Any, method: Method[Any], tokenizer: Any, recipe: Recipe, revision: str | None) -> Path:
+    """Write ``adapter/`` (or ``model/`` for methods whose result is a whole model) and return that folder."""
+    whole = method.caps.whole_model
+    target = folder / ("model" if whole else "adapter")
+    aside = folder / f".{target.name}.partial"
+    if aside.exists():
+        shutil.rmtree(aside)
+    try:
+        aside.mkdir(parents=True)
+        if whole:
+            model.save_pretrained(aside)
+        else:
+            hf_peft.save_adapter(aside, model, method, base_model=recipe.base_model.name, revision=recipe.base_model.revision or revision)
+        tokenizer.save_pretrained(aside)
+        (aside / "README.md").write_text(model_card(recipe, method, whole=whole), encoding="utf-8")
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(aside, target)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}", hint="free some space, then go on with --resume.") from error
+    return target
+
+
+def model_card(recipe: Recipe, method: Method[Any], *, whole: bool) -> str:
+    """The README.md beside the weights: what it is and how to load it. A function of the recipe alone."""
+    options = {k: v for k, v in recipe.method.model_dump(mode="json").items() if k != "name"}
+    how = (
+        'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")'
+        if whole
+        else f'base = AutoModelForCausalLM.from_pretrained("{recipe.base_model.name}")\nmodel = PeftModel.from_pretrained(base, "THIS_FOLDER")'
+    )
+    imports = "from transformers import AutoModelForCausalLM, AutoTokenizer" + ("" if whole else "\nfrom peft import PeftModel")
+    head = {"base_model": recipe.base_model.name, "library_name": "transformers" if whole else "peft", "tags": [method.config.name, "peftcli"]}
+    front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())
+    rows = "\n".join(f"| {key} | `{json.dumps(value)}` |" for key, value in options.items())
+    table = f"| option | value |\n| --- | --- |\n{rows}\n" if rows else ""
+    sources = ", ".join(source.path for source in recipe.dataset.train)
+    return (
+        f"---\n{front}\n---\n\n# {recipe.base_model.name}, fine-tuned with {method.config.name}\n\n"
+        f"{method.summary} ({method.paper})\n\n{table}\nTrained on: {sources}\n\n"
+        f'```python\n{imports}\n\n{how}\ntokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")\n```\n\n'
+        "Written by peftcli. The run's report and resolved recipe lie beside this folder.\n"
+    )
+
+
+def live_check(saved: Path, model: Any, method: Method[Any], before: dict[str, tuple[int, int]], *, steps: int, loss: Any) -> LiveAdapterCheck:
+    """Read the saved weights back from disk into ``model`` and see that they are whole, finite, moved, and the same model.
+
+    Args:
+        saved: folder written by :func:`save_result`.
+        before: :func:`fingerprints` before the first step.
+        steps: optimizer steps taken; some parameters get their first gradient in the second one.
+        loss: a function that measures the model's loss on fixed rows; called before and after the weights are read.
+    """
+    expected: dict[str, Tensor]
+    first = float(loss())
+    try:
+        if method.caps.whole_model:
+            expected = dict(model.named_parameters())
+            found = {k: v for file in sorted(saved.glob("*.safetensors")) for k, v in load_file(file).items()}
+        else:
+            expected = {hf_peft.file_key(model, method, name): p for name, p in trainable_state(model).items()}
+            found = hf_peft.read_tensors(saved / hf_peft.WEIGHTS)
+    except (PeftcliError, OSError, ValueError) as error:
+        return LiveAdapterCheck(passed=False, keys=0, loss_before_save=first, note=str(error))
+    missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    not_finite = sorted(key for key, tensor in found.items() if not torch.isfinite(tensor).all())
+    now = fingerprints(model)
+    unmoved = sorted(name for name, mark in before.items() if now.get(name) == mark)
+    with torch.no_grad():
+        for key in set(expected) & set(found):
+            if expected[key].shape == found[key].shape:
+                expected[key].zero_()
+                expected[key].copy_(found[key])
+            else:
+                missing.append(key)
+    second = float(loss())
+    young = steps < 2
+    note = "a run of one step cannot have moved every parameter" if young and unmoved else None
+    sound = not (missing or unexpected or not_finite) and (young or not unmoved)
+    return LiveAdapterCheck(
+        passed=sound and first == second,
+        keys=len(found),
+        missing=missing,
+        unexpected=unexpected,
+        non_finite=not_finite,
+        unmoved=unmoved,
+        loss_before_save=first,
+        loss_after_reload=second,
+        note=note,
+    )

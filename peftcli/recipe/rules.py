@@ -1,0 +1,57 @@
+"""Rules between fields of a recipe. They read the tree, so they are reported together with faults of single fields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from peftcli.recipe.faults import Collector, place
+from peftcli.recipe.nodes import Node, show
+from peftcli.recipe.overrides import find
+
+
+def check(collector: Collector) -> None:
+    """Report every rule that the recipe breaks."""
+    root = collector.root
+
+    def value(key: str) -> Any:
+        node = find(root, key)
+        return None if node is None or isinstance(node.value, (dict, list)) else node.value
+
+    def fault(key: str, message: str, allowed: str) -> None:
+        found = place(root, key.split("."))
+        node = found.node
+        collector.at(found, message, found=_text(node), allowed=allowed)
+
+    _exclusive(root, value, fault)
+    dataset = find(root, "dataset")
+    if dataset is None or not isinstance(dataset.value, dict):
+        return  # the missing section is a fault of its own
+    held_out = find(root, "dataset.eval")
+    has_rows = (held_out is not None and held_out.value is not None) or value("dataset.eval_fraction") not in (None, 0, 0.0)
+    rows = "dataset.eval, or dataset.eval_fraction above 0"
+    for key in ("train.load_best_model_at_end", "train.early_stopping_patience"):
+        if value(key) not in (None, False):
+            if not has_rows:
+                fault(key, "needs held-out rows", f"together with {rows}")
+            if value("train.eval_steps") is None:
+                fault(key, "needs evaluations during training", "together with train.eval_steps")
+    if value("eval.generate") is True and not has_rows:
+        fault("eval.generate", "needs held-out rows", f"together with {rows}")
+
+
+def _exclusive(root: Node, value: Callable[[str], Any], fault: Callable[[str, str, str], None]) -> None:
+    if value("train.batch_tokens") is not None and value("train.batch_size") is not None:
+        fault("train.batch_tokens", "excludes train.batch_size", "one of the two; set the other to null or leave it out")
+    size = find(root, "train.batch_size")
+    if size is not None and size.value is None and value("train.batch_tokens") is None:
+        fault("train.batch_size", "must not be null without train.batch_tokens", "a number for one of the two")
+    if value("train.warmup_steps") is not None and value("train.warmup_ratio") not in (None, 0, 0.0):
+        fault("train.warmup_steps", "excludes train.warmup_ratio", "one of the two; leave the other out")
+    held_out = find(root, "dataset.eval")
+    if held_out is not None and held_out.value is not None and value("dataset.eval_fraction") not in (None, 0, 0.0):
+        fault("dataset.eval_fraction", "excludes dataset.eval", "one of the two; set the other to null or leave it out")
+
+
+def _text(node: Node) -> str | None:
+    return None if isinstance(node.value, (dict, list)) else show(node.text, node.plain)

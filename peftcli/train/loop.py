@@ -1,0 +1,272 @@
+"""The training loop. It knows methods only through their interface and names none.
+
+The loss of an optimizer step is the sum of its tokens' losses over the number of its supervised tokens, counted over all
+accumulation steps and processes. The counts are known from the plan, so no process has to ask another.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from peftcli.data.batching import Batch, Plan, StepPlan, collate
+from peftcli.data.prepare import Split
+from peftcli.errors import CheckpointError, TrainingError
+from peftcli.methods.base import Method, Tick
+from peftcli.methods.kinds import trainable_state
+from peftcli.recipe.schema import TrainSection
+from peftcli.report.metrics import MetricsWriter
+from peftcli.report.progress import Progress as Display
+from peftcli.train import checkpoint as checkpoints
+from peftcli.train.memory import peak_memory
+from peftcli.train.optimizers import learning_rate_factor
+from peftcli.train.signals import Interrupted, StopRequest
+
+
+@dataclass
+class Loop:
+    """Everything a run needs, put together by ``peftcli.run``.
+
+    Attributes:
+        module: the prepared task module; ``model``: the unwrapped model inside it.
+        evaluate: returns the held-out metrics of the model as it is (``loss``, ``perplexity``, ``token_accuracy``), or ``None``.
+        identity: what a resumed run must share with the checkpoint (recipe, data, world size); differences are refused.
+    """
+
+    accelerator: Accelerator
+    method: Method[Any]
+    module: nn.Module
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    split: Split
+    plan: Plan
+    settings: TrainSection
+    total_steps: int
+    packed: bool
+    pad_id: int
+    evaluate: Callable[[], dict[str, float] | None]
+    metrics: MetricsWriter | None
+    display: Display
+    folder: Path
+    identity: dict[str, Any]
+    stop: StopRequest
+    before: dict[str, Any] | None = None
+
+    def run(self, resumed: checkpoints.Checkpoint | None = None) -> checkpoints.Progress:
+        """Train to the end and return where it stands.
+
+        Raises:
+            TrainingError: the loss or the gradient is not a number; no step was taken on it.
+            Interrupted: a signal asked for it; a checkpoint was written first.
+        """
+        progress = self._restore(resumed) if resumed else checkpoints.Progress(identity=self.identity, before=self.before)
+        self.display.start(self.total_steps, progress.step)
+        self.module.train()
+        clock = time.perf_counter()
+        peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        while progress.step < self.total_steps:
+            for step in self.plan.epoch(progress.epoch)[progress.position :]:
+                factor = learning_rate_factor(progress.step + 1, self.total_steps, self.settings)
+                for group, peak in zip(self.optimizer.param_groups, peak_lrs, strict=True):
+                    group["lr"] = peak * factor
+                total, norm = self._step(step, progress)
+                progress.seconds += time.perf_counter() - clock
+                clock = time.perf_counter()
+                last = progress.step == self.total_steps
+                self._log(progress, total, norm, step, last)
+                improved = self._evaluate(progress) if self._due(self.settings.eval_steps, progress.step) and not last else False
+                patience = self.settings.early_stopping_patience
+                if patience is not None and progress.evaluations_without_gain >= patience:
+                    self.display.warn(f"stopped early at step {progress.step}: no gain in {patience} evaluations")
+                    return progress
+                asked = self.stop.requested(self.accelerator)
+                wanted = self._due(self.settings.save_steps, progress.step) or (improved and self.settings.load_best_model_at_end)
+                if (wanted and not last) or asked:
+                    self.save(progress)
+                if asked:
+                    raise Interrupted(self.stop.signal, self.folder / f"step-{progress.step}")
+                clock = time.perf_counter()
+                if last:
+                    break
+            else:
+                progress.epoch, progress.position = progress.epoch + 1, 0
+        return progress
+
+    def _step(self, step: StepPlan, progress: checkpoints.Progress) -> tuple[torch.Tensor, float]:
+        """One optimizer step; returns the summed loss of this process's tokens and the gradient's norm."""
+        accelerator, share = self.accelerator, step.shares[self.accelerator.process_index]
+        rows = step.rows
+        supervised = sum(int(self.split.supervised[row][1:].sum()) for row in rows)
+        # DDP averages gradients over the processes; the factor turns its mean back into the sum.
+        scale = accelerator.num_processes / max(1, supervised)
+        total = torch.zeros((), device=accelerator.device, dtype=torch.float64)
+        for index, micro in enumerate(share):
+            batch = self._batch(micro or step.rows[:1], silent=not micro)
+            final = index == len(share) - 1
+            with accelerator.no_sync(self.module) if not final else _nothing():
+                loss = self.method.loss(self.module, batch)
+                accelerator.backward(loss.total * scale)
+            total += loss.total.detach()
+        tick = Tick(progress.step + 1, self.total_steps, progress.epoch)
+        self.method.before_step(self.model, tick)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        limit = self.settings.max_grad_norm
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit))
+        if not (math.isfinite(norm) and torch.isfinite(total)):
+            raise TrainingError(
+                f"step {progress.step + 1}: the {'gradient' if torch.isfinite(total) else 'loss'} is not a number; no step was taken. "
+                f"Rows: {', '.join(self.split.origins[row] for row in rows[:4])}{', ...' if len(rows) > 4 else ''}",
+                hint=f"lower train.learning_rate, look at those rows, or use dtype float32. {self._last_good()}",
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.method.after_step(self.model, tick)
+        progress.step += 1
+        progress.position += 1
+        progress.tokens += sum(len(self.split.input_ids[row]) for row in rows)
+        progress.supervised_tokens += supervised
+        return total, norm
+
+    def _batch(self, rows: Any, *, silent: bool) -> Batch:
+        return collate(
+            [self.split.input_ids[row] for row in rows],
+            [self.split.supervised[row] for row in rows],
+            packed=self.packed,
+            pad_id=self.pad_id,
+            device=self.accelerator.device,
+            silent=silent,
+        )
+
+    def _log(self, progress: checkpoints.Progress, total: torch.Tensor, norm: float, step: StepPlan, last: bool) -> None:
+        supervised = sum(int(self.split.supervised[row][1:].sum()) for row in step.rows)
+        due = self._due(self.settings.logging_steps, progress.step) or progress.step == 1 or last
+        progress.window_tokens += supervised
+        progress.window_loss += float(self.accelerator.reduce(total, reduction="sum"))
+        self.display.advance(progress.step)
+        if not due:
+            return
+        loss = progress.window_loss / max(1, progress.window_tokens)
+        progress.loss_first = loss if progress.loss_first is None else progress.loss_first
+        progress.loss_last = loss
+        progress.window_loss, progress.window_tokens = 0.0, 0
+        steps = len(self.plan_steps())
+        record = {
+            "step": progress.step,
+            "epoch": round(progress.epoch + progress.position / steps, 4),
+            "loss": loss,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": norm,
+            "tokens": progress.tokens,
+            "supervised_tokens": progress.supervised_tokens,
+            "tokens_per_second": round(progress.tokens / max(progress.seconds, 1e-9), 1),
+            "peak_memory_bytes": peak_memory(self.accelerator.device)[0],
+            "seconds": round(progress.seconds, 3),
+            **self.method.metrics(self.model),
+        }
+        if self.metrics is not None:
+            self.metrics.write(record)
+        self.accelerator.log({f"train/{k}": v for k, v in record.items() if k not in ("step",)}, step=progress.step)
+        self.display.step(record)
+
+    def plan_steps(self) -> list[StepPlan]:
+        """The first epoch's steps; every epoch has about as many."""
+        if not hasattr(self, "_first"):
+            self._first = self.plan.epoch(0)
+        return self._first
+
+    def _evaluate(self, progress: checkpoints.Progress) -> bool:
+        """Evaluate, log, keep count of gains; whether this is the best so far."""
+        result = self.evaluate()
+        self.module.train()
+        if result is None:
+            return False
+        record = {"step": progress.step, "epoch": progress.epoch, **{f"eval_{k}": v for k, v in result.items()}}
+        if self.metrics is not None:
+            self.metrics.write(record)
+        self.accelerator.log({f"eval/{k}": v for k, v in result.items()}, step=progress.step)
+        self.display.evaluation(record)
+        gained = progress.best_loss is None or result["loss"] < progress.best_loss - self.settings.early_stopping_threshold
+        if gained:
+            progress.best_loss, progress.best_step, progress.evaluations_without_gain = result["loss"], progress.step, 0
+        else:
+            progress.evaluations_without_gain += 1
+        return gained
+
+    def save(self, progress: checkpoints.Progress) -> None:
+        """Write a checkpoint, then read it back and compare it with what is in memory."""
+        accelerator = self.accelerator
+        aside = checkpoints.stage(self.folder, progress.step) if accelerator.is_main_process else self.folder / f".step-{progress.step}.partial"
+        accelerator.wait_for_everyone()
+        checkpoints.write_rng(aside, accelerator.process_index)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            trainable = trainable_state(self.model)
+            path = checkpoints.commit(
+                aside,
+                progress=progress,
+                trainable=trainable,
+                optimizer=self.optimizer,
+                method=self.method.state(),
+                keep=self.settings.save_total_limit,
+                protect=progress.best_step,
+            )
+            again = checkpoints.read(path)
+            wrong = [name for name, p in trainable.items() if name not in again.trainable or not torch.equal(again.trainable[name], p.detach().cpu())]
+            if wrong or len(again.trainable) != len(trainable):
+                raise CheckpointError(f"{path}: what was written is not what was trained: {', '.join(wrong[:3])}")
+        accelerator.wait_for_everyone()
+
+    def _restore(self, checkpoint: checkpoints.Checkpoint) -> checkpoints.Progress:
+        saved, now = checkpoint.progress.identity, self.identity
+        changed = sorted(key for key in {*saved, *now} if saved.get(key) != now.get(key))
+        if changed:
+            differences = "; ".join(f"{key}: was {saved.get(key)!r}, is {now.get(key)!r}" for key in changed)
+            raise CheckpointError(
+                f"{checkpoint.folder} belongs to another run: {differences}", hint="resume with the recipe and data of that run, or start anew in another output_dir."
+            )
+        load_trainable(self.model, checkpoint.trainable)
+        checkpoints.load_optimizer(self.optimizer, checkpoint.optimizer)
+        self.method.load_state(checkpoint.method)
+        checkpoints.set_rng_state(checkpoints.read_rng(checkpoint, self.accelerator.process_index))
+        return checkpoint.progress
+
+    def _last_good(self) -> str:
+        found, _ = checkpoints.newest(self.folder)
+        return f"The last good checkpoint is {found.folder}." if found else "There is no checkpoint yet (train.save_steps)."
+
+    @staticmethod
+    def _due(every: int | None, step: int) -> bool:
+        return every is not None and step % every == 0
+
+
+def load_trainable(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Copy saved values into the trainable parameters.
+
+    Raises:
+        CheckpointError: names or shapes differ.
+    """
+    own = trainable_state(model)
+    if set(own) != set(tensors):
+        odd = sorted(set(own) ^ set(tensors))
+        raise CheckpointError(f"the checkpoint's parameters are not the model's: {', '.join(odd[:3])}{' ...' if len(odd) > 3 else ''}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            if parameter.shape != tensors[name].shape:
+                raise CheckpointError(f"the checkpoint's {name} is {tuple(tensors[name].shape)}, the model's {tuple(parameter.shape)}")
+            parameter.copy_(tensors[name])
+
+
+class _nothing:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc: object) -> None:
+        return None

@@ -1,0 +1,57 @@
+"""Stop on SIGINT and SIGTERM without losing work: the first asks for a checkpoint, the second stops at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+
+class Interrupted(BaseException):
+    """A signal ended the run after a checkpoint was written.
+
+    Attributes:
+        exit_code: 128 + the signal's number, as shells count: 130 for SIGINT, 143 for SIGTERM.
+    """
+
+    def __init__(self, number: int, checkpoint: Path) -> None:
+        super().__init__(f"interrupted by signal {number}; checkpoint written: {checkpoint}")
+        self.exit_code = 128 + number
+        self.checkpoint = checkpoint
+
+
+class StopRequest:
+    """Catches SIGINT and SIGTERM while a run is on."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._catch)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        if self.signal:
+            # A checkpoint in the making has no name yet: leaving now cannot tear one.
+            os._exit(128 + number)
+        self.signal = number
+
+    def requested(self, accelerator: Accelerator) -> bool:
+        """Whether any process was asked to stop; all processes get the same answer."""
+        if accelerator.num_processes == 1:
+            return self.signal != 0
+        flag = torch.tensor(self.signal, device=accelerator.device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        self.signal = int(flag.item())
+        return self.signal != 0
