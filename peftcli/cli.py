@@ -63,11 +63,12 @@ def train(
     if processes > 1 and not launch.inside():
         raise typer.Exit(launch.spawn(processes))
     from peftcli.report.progress import make_progress
-    from peftcli.run import Options, train
+    from peftcli.run import Options
+    from peftcli.run import train as run
 
     main_process = launch.rank() == 0
     display = make_progress(("json" if json else "auto") if main_process else "none")
-    report = train(loaded, display, Options(resume, overwrite, init_adapter, trust_remote_code))
+    report = run(loaded, display, Options(resume, overwrite, init_adapter, trust_remote_code))
     if main_process:
         _finish(report, Path(loaded.recipe.output_dir), json)
 
@@ -85,9 +86,9 @@ def evaluate(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Measure a run's result, or any PEFT adapter, on held-out rows."""
-    from peftcli.commands import evaluate
+    from peftcli.commands import evaluate as command
 
-    evaluate(result, data=data, base_model=base_model, quantization=quantization, dtype=dtype, generate=generate, limit=limit, json=json, trust_remote_code=trust_remote_code)
+    command.run(result, data=data, base_model=base_model, quantization=quantization, dtype=dtype, generate=generate, limit=limit, json=json, trust_remote_code=trust_remote_code)
 
 
 @app.command()
@@ -101,9 +102,9 @@ def merge(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Fold an adapter into its base and prove that the merged model computes the same."""
-    from peftcli.commands import merge
+    from peftcli.commands import merge as command
 
-    merge(result, output, dtype=dtype, base_model=base_model, overwrite=overwrite, json=json, trust_remote_code=trust_remote_code)
+    command.run(result, output, dtype=dtype, base_model=base_model, overwrite=overwrite, json=json, trust_remote_code=trust_remote_code)
 
 
 @app.command()
@@ -112,17 +113,17 @@ def check(recipe: RecipePath, overrides: Overrides = None, json: Json = False, t
     from peftcli.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    from peftcli.commands import check
+    from peftcli.commands import check as command
 
-    check(loaded, json=json, trust_remote_code=trust_remote_code)
+    command.run(loaded, json=json, trust_remote_code=trust_remote_code)
 
 
 @app.command()
 def methods(name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False, help="Explain this method.")] = None, json: Json = False) -> None:
     """List the fine-tuning methods, or explain one."""
-    from peftcli.commands import methods
+    from peftcli.commands import methods as command
 
-    methods(name, json=json)
+    command.run(name, json=json)
 
 
 @app.command()
@@ -134,9 +135,9 @@ def init(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
     """Write a commented recipe to start from."""
-    from peftcli.commands import init
+    from peftcli.commands import init as command
 
-    init(path, model=model, data=data, method=method, overwrite=overwrite)
+    command.run(path, model=model, data=data, method=method, overwrite=overwrite)
 
 
 @app.command()
@@ -150,9 +151,9 @@ def chat(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Talk to a tuned model."""
-    from peftcli.commands import chat
+    from peftcli.commands import chat as command
 
-    chat(result, prompt=prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature, base_model=base_model, trust_remote_code=trust_remote_code)
+    command.run(result, prompt=prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature, base_model=base_model, trust_remote_code=trust_remote_code)
 
 
 def _finish(report: Any, folder: Path, json: bool) -> None:

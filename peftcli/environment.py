@@ -38,12 +38,13 @@ def describe(device: torch.device, *, deterministic: bool) -> Environment:
     """The environment as the report states it."""
     versions = {name: _version(name) for name in _PACKAGES}
     cuda = device.type == "cuda"
+    name, capability = (torch.cuda.get_device_name(device) if cuda else _cpu_name()), torch.backends.cpu.get_cpu_capability()
     facts = {
         "torch": torch.__version__,
         "transformers": _version("transformers"),
         "device": device.type,
-        "device_name": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "device_name": name,
+        "cpu_capability": capability,
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
         "machine": platform.machine(),
@@ -58,8 +59,8 @@ def describe(device: torch.device, *, deterministic: bool) -> Environment:
         transformers=_version("transformers") or "",
         cuda=torch.version.cuda,
         device=device.type,
-        device_name=facts["device_name"],
-        cpu_capability=facts["cpu_capability"],
+        device_name=name,
+        cpu_capability=capability,
         threads=torch.get_num_threads(),
         deterministic=deterministic,
         fingerprint=fingerprint,

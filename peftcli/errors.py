@@ -43,6 +43,8 @@ class PeftcliError(Exception):
 
 
 class UsageError(PeftcliError):
+    """The command line asks for something that does not exist or does not fit."""
+
     exit_code = 2
 
 
@@ -97,30 +99,44 @@ class RecipeError(UsageError):
 
 
 class DataError(PeftcliError):
+    """A data file or its rows."""
+
     exit_code = 3
 
 
 class ModelError(PeftcliError):
+    """A base model or tokenizer that cannot be found, read or used."""
+
     exit_code = 4
 
 
 class TrainingError(PeftcliError):
+    """The run itself: not-a-number, nothing to train, an impossible combination."""
+
     exit_code = 5
 
 
 class OutOfMemoryError(TrainingError):
+    """Memory ran out; says what to change."""
+
     exit_code = 6
 
 
 class CheckpointError(PeftcliError):
+    """A checkpoint or adapter file that is missing, torn or does not fit."""
+
     exit_code = 7
 
 
 class CheckFailed(PeftcliError):
+    """A safety check failed after the work was done."""
+
     exit_code = 8
 
 
 class Busy(PeftcliError):
+    """Another run holds the output folder."""
+
     exit_code = 9
 
 

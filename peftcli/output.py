@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -11,9 +12,11 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from peftcli.data.templates import set_stops
 from peftcli.errors import Busy, CheckpointError, PeftcliError, UsageError
 from peftcli.interchange import hf_peft
 from peftcli.methods.base import Method
@@ -40,18 +43,8 @@ class OutputFolder:
         self._lock: Any = None
 
     def __enter__(self) -> Path:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held open as long as the run
-        except OSError as error:
-            raise UsageError(f"output_dir: {self.path} cannot be written: {error.strerror or error}", hint="choose another output_dir.") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "another process"
-            self._lock.close()
-            raise Busy(f"{self.path} is being written by {holder}", hint="wait for it, or choose another output_dir.") from None
+        while not self._claim():
+            pass
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()}")
         self._lock.flush()
@@ -71,11 +64,33 @@ class OutputFolder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._release()
 
+    def _claim(self) -> bool:
+        """Take the lock; ``False`` where its holder removed the file in between, so that this lock guards nothing."""
+        lock = self.path / ".lock"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(lock, "a+", encoding="utf-8")  # noqa: SIM115 - held open as long as the run
+        except OSError as error:
+            raise UsageError(f"output_dir: {self.path} cannot be written: {error.strerror or error}", hint="choose another output_dir.") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "another process"
+            self._lock.close()
+            self._lock = None
+            raise Busy(f"{self.path} is being written by {holder}", hint="wait for it, or choose another output_dir.") from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._lock.fileno()), lock.stat()):
+                return True
+        self._lock.close()
+        return False
+
     def _release(self) -> None:
         if self._lock is not None:
-            self._lock.truncate(0)
-            self._lock.close()
+            # Removed while it is held: after closing, it may be another process's.
             (self.path / ".lock").unlink(missing_ok=True)
+            self._lock.close()
             self._lock = None
 
 
@@ -101,6 +116,7 @@ def save_result(folder: Path, model: Any, method: Method[Any], tokenizer: Any, r
     try:
         aside.mkdir(parents=True)
         if whole:
+            set_stops(model, tokenizer)
             model.save_pretrained(aside)
         else:
             hf_peft.save_adapter(aside, model, method, base_model=recipe.base_model.name, revision=recipe.base_model.revision or revision)
@@ -109,10 +125,19 @@ def save_result(folder: Path, model: Any, method: Method[Any], tokenizer: Any, r
         if target.exists():
             shutil.rmtree(target)
         os.replace(aside, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}", hint="free some space, then go on with --resume.") from error
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{target} cannot be written: {reason}", hint="free some space, then go on with --resume.") from error
     return target
+
+
+def readable(folder: Path) -> None:
+    """Give every file the permissions that the user's mask allows: safetensors writes through private temporary files."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~mask)
 
 
 def model_card(recipe: Recipe, method: Method[Any], *, whole: bool) -> str:

@@ -50,10 +50,20 @@ def quantize_linear(module: nn.Linear, kind: str, *, double: bool, compute_dtype
         quantized.weight = bnb.nn.Int8Params(module.weight.data.contiguous().cpu(), requires_grad=False, has_fp16_weights=False)
     else:
         quantized = bnb.nn.Linear4bit(
-            module.in_features, module.out_features, bias=bias, compute_dtype=compute_dtype, compress_statistics=double, quant_type=kind, device="meta"
+            module.in_features,
+            module.out_features,
+            bias=bias,
+            compute_dtype=compute_dtype,
+            compress_statistics=double,
+            quant_type=kind,
+            device="meta",
         )
         quantized.weight = bnb.nn.Params4bit(
-            module.weight.data.contiguous().to(compute_dtype), requires_grad=False, compress_statistics=double, quant_type=kind, module=quantized
+            module.weight.data.contiguous().to(compute_dtype),
+            requires_grad=False,
+            compress_statistics=double,
+            quant_type=kind,
+            module=quantized,
         )
         # On CPUs with AVX512-BF16, bitsandbytes repacks the weight in place during the first evaluation; dequantizing
         # it afterwards returns wrong numbers without a word. Training, merging and evaluation must agree: never repack.
@@ -75,13 +85,14 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
         if getattr(state, "packing_format_for_cpu", False):
             raise ModelError("a 4-bit layer was repacked for inference; its weight cannot be recovered exactly")
         # In the layer's own compute dtype first: merging folds into exactly the weight that the forward pass uses.
-        dense = bnb.functional.dequantize_4bit(module.weight.data, state).to(module.compute_dtype or torch.float32)
+        dense: torch.Tensor = bnb.functional.dequantize_4bit(module.weight.data, state).to(module.compute_dtype or torch.float32)
         return dense.to(torch.float32)
     if isinstance(module, bnb.nn.Linear8bitLt):
         weight = module.weight
         scale = weight.SCB if weight.SCB is not None else module.state.SCB
-        codes = weight.data if weight.SCB is not None or module.state.CB is None else module.state.CB
-        return codes.to(torch.float32) * (scale.to(torch.float32).view(-1, 1) / 127.0)
+        codes: torch.Tensor = weight.data if weight.SCB is not None or module.state.CB is None else module.state.CB
+        rows: torch.Tensor = scale.to(torch.float32).view(-1, 1) / 127.0
+        return codes.to(torch.float32) * rows
     raise ModelError(f"{type(module).__name__} is no quantized layer that can be expanded")
 
 

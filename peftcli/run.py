@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -112,7 +113,7 @@ def _run(loaded: LoadedRecipe, display: Display, options: Options, folder: Path,
     total_steps = count_steps(recipe, plan)
     writer = None
     if accelerator.is_main_process:
-        (folder / "recipe.yaml").write_text(redact(dump_recipe(resolved(recipe, base))), encoding="utf-8")
+        (folder / "recipe.yaml").write_text(redact(dump_recipe(resolved(loaded, base, folder))), encoding="utf-8")
         writer = MetricsWriter(folder / "metrics.jsonl", append=resumed is not None, truncate_after_step=resumed.progress.step if resumed else None)
     with StopRequest() as stop:
         loop = Loop(
@@ -159,9 +160,9 @@ def _run(loaded: LoadedRecipe, display: Display, options: Options, folder: Path,
     report = make_report(recipe, base, data, plan, loop, progress, after, check, resumed)
     if accelerator.is_main_process:
         files = sorted(p for p in [folder / "recipe.yaml", folder / "metrics.jsonl", *saved.iterdir()] if p.is_file())
-        report = report.model_copy(update={"files": hash_files(folder, files)})
+        report = report.model_copy(update={"files": hash_files(folder, [path.relative_to(folder) for path in files])})
         records = read_metrics(folder / "metrics.jsonl").records
-        write_report(folder, report, records, dump_recipe(resolved(recipe, base)), redact=redact)
+        write_report(folder, report, records, (folder / "recipe.yaml").read_text(encoding="utf-8"), redact=redact)
         if check is not None and not check.passed:
             raise CheckFailed(
                 f"the live-adapter check failed for {saved}: {check.note or check.model_dump(exclude_defaults=True)}",
@@ -216,10 +217,22 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
     return flat
 
 
-def resolved(recipe: Recipe, base: Base) -> Recipe:
-    """The recipe with what the machine decided written in: the dtype."""
-    section = recipe.base_model.model_copy(update={"dtype": str(base.dtype).removeprefix("torch.")})
-    return recipe.model_copy(update={"base_model": section})
+def resolved(loaded: LoadedRecipe, base: Base, folder: Path) -> Recipe:
+    """The recipe as the run's folder keeps it: with the dtype that the machine decided, and local paths as seen from there."""
+    recipe = loaded.recipe
+
+    def seen(path: str | None) -> str | None:
+        if path is None or Path(path).is_absolute() or not loaded.resolve_path(path).exists():
+            return path
+        return os.path.relpath(loaded.resolve_path(path).resolve(), folder.resolve())
+
+    def sources(section: Any) -> Any:
+        return [s.model_copy(update={"path": seen(s.path)}) for s in section] if section else section
+
+    model = recipe.base_model.model_copy(update={"dtype": str(base.dtype).removeprefix("torch."), "name": seen(recipe.base_model.name)})
+    rows = recipe.dataset
+    dataset = rows.model_copy(update={"train": sources(rows.train), "eval": sources(rows.eval), "chat_template": seen(rows.chat_template)})
+    return recipe.model_copy(update={"base_model": model, "dataset": dataset})
 
 
 def _accelerator(recipe: Recipe, folder: Path, mixed: bool) -> Accelerator:

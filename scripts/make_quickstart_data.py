@@ -62,8 +62,7 @@ KEYS: dict[str, tuple[str, ...]] = {
 }
 
 ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-    "fifteen sixteen seventeen eighteen nineteen"
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
 ).split()
 TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
 WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -180,13 +179,11 @@ def fill_timer(draw: Draw, pools: Pools) -> Filled:
     )
 
 
-def fill_alarm(draw: Draw, pools: Pools) -> Filled:
+def fill_alarm(draw: Draw, _pools: Pools) -> Filled:
     said, time = draw_time(draw, ALARM_HOURS)
     day = draw.deal("alarm_day", ALARM_DAYS)
     on = day if day in ("tomorrow", "every day") else f"on {day}"
-    return Filled(
-        {"time": said, "alarm_day": day, "alarm_on": on}, {"time": time, "days": day.lower()}
-    )
+    return Filled({"time": said, "alarm_day": day, "alarm_on": on}, {"time": time, "days": day.lower()})
 
 
 def fill_message(draw: Draw, pools: Pools) -> Filled:
@@ -212,9 +209,7 @@ def fill_list(draw: Draw, pools: Pools) -> Filled:
 
 def fill_music(draw: Draw, pools: Pools) -> Filled:
     artist, room = draw.deal("artist", pools["artist"]), draw.deal("room", pools["room"])
-    return Filled(
-        {"artist": artist, "room": room}, {"artist": artist, "room": room}, frozenset({"artist"})
-    )
+    return Filled({"artist": artist, "room": room}, {"artist": artist, "room": room}, frozenset({"artist"}))
 
 
 def fill_meeting(draw: Draw, pools: Pools) -> Filled:

@@ -47,7 +47,13 @@ class Batch:
 
 
 def collate(
-    input_ids: Sequence[IntArray], supervised: Sequence[BoolArray], *, packed: bool, pad_id: int = 0, device: torch.device | str = "cpu", silent: bool = False
+    input_ids: Sequence[IntArray],
+    supervised: Sequence[BoolArray],
+    *,
+    packed: bool,
+    pad_id: int = 0,
+    device: torch.device | str = "cpu",
+    silent: bool = False,
 ) -> Batch:
     """Lay rows end to end (``packed``) or right-padded into one batch.
 
@@ -162,7 +168,12 @@ class Plan:
         order = self._random(epoch, 0).permutation(count) if self.shuffle else np.arange(count)
         if self.group_by_length:
             # Rows are sorted within large blocks only, so that epochs still differ in who meets whom.
-            block = 50 * (self.batch_size or max(1, (self.batch_tokens or 1) // (sum(self.lengths) // count + 1))) * self.accumulation * self.processes
+            block = (
+                50
+                * (self.batch_size or max(1, (self.batch_tokens or 1) // (sum(self.lengths) // count + 1)))
+                * self.accumulation
+                * self.processes
+            )
             lengths = np.asarray(self.lengths)
             parts = [part[np.argsort(-lengths[part], kind="stable")] for part in np.split(order, range(block, count, block))]
             order = np.concatenate(parts)

@@ -189,3 +189,26 @@ class Renderer:
 
 def _environment() -> ImmutableSandboxedEnvironment:
     return ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"])
+
+
+def stop_ids(tokenizer: Any) -> list[int]:
+    """Where generation ends: EOS, and the end-of-turn token that the chat template writes after an answer, where that is a
+    token of its own (ChatML's on a base model whose EOS is another)."""
+    ends = {tokenizer.eos_token_id}
+    if has_template(tokenizer):
+        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        ids = tokenizer.apply_chat_template(turn, return_dict=True)["input_ids"]
+        special = set(tokenizer.all_special_ids) | {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        last = next((i for i in reversed(ids) if i in special), None)
+        ends.add(last)
+    return sorted(i for i in ends if i is not None)
+
+
+def set_stops(model: Any, tokenizer: Any) -> None:
+    """Let the saved generation config of ``model`` end answers where the tokenizer's template ends them."""
+    config = getattr(model, "generation_config", None)
+    ends = stop_ids(tokenizer)
+    if config is not None and ends:
+        config.eos_token_id = ends[0] if len(ends) == 1 else ends
+        if config.pad_token_id is None:
+            config.pad_token_id = tokenizer.pad_token_id

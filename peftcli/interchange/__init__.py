@@ -1,0 +1,1 @@
+"""Reading and writing adapters in the formats of other tools."""

@@ -9,21 +9,23 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peftcli.errors import CheckpointError
+from peftcli.errors import CheckpointError, UsageError
+from peftcli.interchange.peft_rules import as_peft_means, check_ranks, new_tokens, settled_pattern, take_base_weights
 from peftcli.methods import registry
 from peftcli.methods.base import Context, Method
-from peftcli.methods.kinds import AdapterLayer, trainable_state
+from peftcli.methods.kinds import AdapterLayer, adapter_layers, trainable_state, whole_modules
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # The version of PEFT whose files these are; stock peft reads it to convert older files.
@@ -41,26 +43,21 @@ class AdapterFile:
         fields: of ``adapter_config.json``.
         tensors: by the file's own keys.
         method: our method for its type, with the options that the file states.
+        new_token_ids: tokens whose rows the adapter holds; ``new_token_layers``: the layers' names, ``None`` for the embedding.
     """
 
     folder: Path
     fields: dict[str, Any]
     tensors: dict[str, Tensor]
     method: Method[Any]
+    new_token_ids: tuple[int, ...] = ()
+    new_token_layers: tuple[str, ...] | None = None
 
     @property
     def base_model(self) -> str | None:
         """Name of the base model that it was trained on."""
         value = self.fields.get("base_model_name_or_path")
         return value if isinstance(value, str) and value else None
-
-    @property
-    def new_token_ids(self) -> tuple[int, ...]:
-        """Ids of tokens whose rows the adapter holds."""
-        value = self.fields.get("trainable_token_indices")
-        if isinstance(value, dict):
-            value = next(iter(value.values()), [])
-        return tuple(int(i) for i in value or ())
 
 
 def file_key(model: nn.Module, method: Method[Any], name: str) -> str:
@@ -99,6 +96,13 @@ def save_adapter(folder: Path, model: nn.Module, method: Method[Any], *, base_mo
         "peft_version": PEFT_VERSION,
         **method.peft_config(model),
     }
+    if fields.get("modules_to_save"):
+        # Whole names: PEFT takes every module whose name ends with the text, `input_layernorm` for `norm`.
+        fields["modules_to_save"] = sorted(whole_modules(model, fields["modules_to_save"]))
+    for key in ("rank_pattern", "alpha_pattern"):
+        if fields.get(key):
+            # In the order in which the options have them.
+            fields[key] = settled_pattern(getattr(method.config, key, fields[key]), adapter_layers(model))
     tensors = {file_key(model, method, name): p.detach().to("cpu", torch.float32).contiguous() for name, p in trainable_state(model).items()}
     weights, config = folder / WEIGHTS, folder / CONFIG
     aside = weights.with_suffix(".partial")
@@ -115,24 +119,24 @@ def read_adapter(folder: Path) -> AdapterFile:
         CheckpointError: a file is missing or damaged, asks for a method or option that is unknown, or holds numbers
             that are not finite.
     """
-    fields = _read_config(folder / CONFIG)
+    path = folder / CONFIG
+    fields = _read_config(path)
     peft_type = fields.get("peft_type")
-    options: dict[str, Any] = {}
-    found: str | None = None
-    for name in registry.names():
-        cls = registry.get(name)
-        if cls.peft is not None and cls.peft.peft_type == peft_type:
-            found, options = name, cls.from_peft(fields)
-            break
+    classes = {name: registry.get(name) for name in registry.names()}
+    found = next((name for name, cls in classes.items() if cls.peft is not None and cls.peft.peft_type == peft_type), None)
     if found is None:
-        known = sorted({c.peft.peft_type for c in map(registry.get, registry.names()) if c.peft is not None})
-        raise CheckpointError(f"{folder / CONFIG}: peft_type {peft_type!r} is not known here; known: {', '.join(known)}")
-    cls = registry.get(found)
+        known = sorted({cls.peft.peft_type for cls in classes.values() if cls.peft is not None})
+        raise CheckpointError(f"{path}: peft_type {peft_type!r} is not known here; known: {', '.join(known)}")
     try:
-        method = cls(cls.Config.model_validate({"name": found, **options}))
-    except ValueError as error:
-        raise CheckpointError(f"{folder / CONFIG}: {error}") from None
-    return AdapterFile(folder, fields, read_tensors(folder / WEIGHTS), method)
+        # An expression in exclude_modules needs the model; `as_peft_means` looks at it.
+        plain = {key: value for key, value in fields.items() if key != "exclude_modules" or not isinstance(value, str)}
+        method = classes[found](classes[found].Config.model_validate({"name": found, **classes[found].from_peft(plain)}))
+        ids, layers = new_tokens(fields.get("trainable_token_indices"))
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not sound: {error}") from None
+    tensors = read_tensors(folder / WEIGHTS)
+    check_ranks(path, fields, tensors)
+    return AdapterFile(folder, fields, tensors, method, ids, layers)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -189,15 +193,24 @@ def apply_adapter(model: nn.Module, adapter: AdapterFile, ctx: Context | None = 
         CheckpointError: keys or shapes do not fit the model; lists what is missing and what is not expected.
     """
     ctx = ctx or Context()
-    ctx = Context(seed=ctx.seed, new_token_ids=adapter.new_token_ids, frozen_quantized=ctx.frozen_quantized)
-    applied = adapter.method.apply(model, ctx)
-    load_tensors(applied, adapter.method, adapter.tensors, adapter.folder / WEIGHTS)
+    layers = adapter.new_token_layers
+    if adapter.new_token_ids and layers is None:
+        embedding = cast(Any, model).get_input_embeddings()
+        layers = tuple(name for name, module in model.named_modules() if module is embedding)
+    ctx = replace(ctx, new_token_ids=adapter.new_token_ids, new_token_layers=layers)
+    try:
+        method = as_peft_means(adapter.method, adapter.fields, model)
+        applied = method.apply(model, ctx)
+    except (UsageError, re.error) as error:
+        raise CheckpointError(f"{adapter.folder / CONFIG} does not fit the model: {error}") from None
+    load_tensors(applied, method, adapter.tensors, adapter.folder / WEIGHTS)
     return applied
 
 
 def load_tensors(model: nn.Module, method: Method[Any], tensors: Mapping[str, Tensor], origin: Path) -> None:
     """Copy a file's tensors into the trainable parameters of ``model``; every key must be used, every parameter filled."""
     wanted = {file_key(model, method, name): parameter for name, parameter in trainable_state(model).items()}
+    tensors = take_base_weights(model, wanted, tensors, _PREFIX, origin)
     missing, unexpected = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     if missing or unexpected:
         parts = [f"{len(keys)} {what} such as {keys[0]}" for keys, what in ((missing, "missing"), (unexpected, "not expected")) if keys]

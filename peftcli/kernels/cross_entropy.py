@@ -33,7 +33,8 @@ class _SumCrossEntropy(torch.autograd.Function):
             # A tie counts as correct: the target is as likely as any other token.
             correct += (picked == top).sum()
             if gradient is not None:
-                probabilities = rows.sub_(norm).exp_() if rows.data_ptr() != logits[start : start + _SLICE].data_ptr() else (rows - norm).exp()
+                # `rows` is a copy unless the logits are wide already.
+                probabilities = (rows - norm).exp_() if logits.dtype == wide else rows.sub_(norm).exp_()
                 probabilities.scatter_add_(1, target, torch.full_like(picked, -1.0))
                 gradient[start : start + _SLICE] = probabilities
         if gradient is not None:
@@ -58,8 +59,10 @@ def sum_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         (scalar float32 total with gradient, float64 for float64 logits; scalar int64 correct).
     """
     if logits.shape[0] == 0:
-        return logits.sum() * 0.0, torch.zeros((), dtype=torch.long, device=logits.device)
-    return _SumCrossEntropy.apply(logits, targets)  # type: ignore[no-any-return]
+        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        return logits.sum(dtype=wide) * 0.0, torch.zeros((), dtype=torch.long, device=logits.device)
+    result: tuple[Tensor, Tensor] = _SumCrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
+    return result
 
 
 def reference_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

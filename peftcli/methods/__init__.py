@@ -1,0 +1,1 @@
+"""Fine-tuning methods: one file each, found by name through the registry."""

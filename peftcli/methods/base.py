@@ -79,11 +79,13 @@ class Context:
         seed: of the recipe; initial values are a function of it and of the module's name alone.
         new_token_ids: ids of tokens that the recipe added; their embeddings have to be trained and saved.
         frozen_quantized: the base's linear layers are quantized.
+        new_token_layers: ends of the names of the layers whose rows are trained; ``None``: embedding and output layer.
     """
 
     seed: int = 42
     new_token_ids: tuple[int, ...] = ()
     frozen_quantized: bool = False
+    new_token_layers: tuple[str, ...] | None = None
 
     def generator(self, name: str) -> torch.Generator:
         """A CPU generator for the initial values of ``name``: the same on every device and in any order of creation."""
@@ -138,8 +140,10 @@ class Method(Generic[C]):
             return [
                 (
                     "base_model.quantization",
-                    f"{recipe.method.name} trains the base weights themselves, and {recipe.base_model.quantization} weights cannot be "
-                    "trained; remove the quantization or choose a method that leaves the base frozen, such as qlora",
+                    (
+                        f"{recipe.method.name} trains the base weights themselves, and {recipe.base_model.quantization} weights cannot "
+                        "be trained; remove the quantization or choose a method that leaves the base frozen, such as qlora"
+                    ),
                 )
             ]
         return []

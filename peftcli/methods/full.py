@@ -11,6 +11,8 @@ from peftcli.methods.kinds import Select
 
 
 class FullConfig(MethodConfig):
+    """Full fine-tuning has no options."""
+
     name: Literal["full"] = Field("full", description="`full`")
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from peftcli.errors import UsageError, nearest
 from peftcli.methods import targets
 from peftcli.methods.base import C, Context, Method, MethodConfig
+from peftcli.quantization import is_quantized
 
 
 class AdapterLayer(nn.Module):
@@ -52,6 +53,8 @@ def features(base: nn.Module) -> tuple[int, int]:
     if type(base).__name__ == "Conv1D":  # GPT-2: weight is [in, out]
         weight = cast(Tensor, base.weight)
         return weight.shape[0], weight.shape[1]
+    if not hasattr(base, "in_features"):
+        raise UsageError(f"method.target_modules: {type(base).__name__} is no linear layer, and this method adapts linear layers only")
     return cast(int, base.in_features), cast(int, base.out_features)
 
 
@@ -114,23 +117,41 @@ class NewTokens(AdapterLayer):
             if scale is not None:
                 new = new * scale.to(new.dtype)
             return torch.where((place >= 0).unsqueeze(-1), new, result)
-        return result.index_copy(-1, ids, F.linear(x, rows.to(x.dtype)).to(result.dtype))
+        bias = self.bias
+        new = F.linear(x, rows.to(x.dtype), None if bias is None else bias[ids].to(x.dtype))
+        return result.index_copy(-1, ids, new.to(result.dtype))
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight.index_copy(0, cast(Tensor, self.ids), self.trainable_tokens_delta.to(weight)), bias
 
 
-def train_new_tokens(model: Any, ids: Sequence[int]) -> None:
-    """Make the embeddings (and output rows) of the added tokens trainable; tied ones stay tied."""
+def train_new_tokens(model: Any, ctx: Context, whole: Collection[str] = ()) -> None:
+    """Make the embeddings (and output rows) of the added tokens trainable; tied ones stay tied.
+
+    Args:
+        whole: names of modules that are trained whole anyway.
+
+    Raises:
+        UsageError: an id lies outside the vocabulary.
+    """
+    ids = ctx.new_token_ids
     if not ids:
         return
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    rows_there = embedding.weight.shape[0]
+    if not all(0 <= i < rows_there for i in ids):
+        raise UsageError(f"the new tokens' ids {min(ids)} to {max(ids)} lie outside the model's vocabulary of {rows_there}")
     tied = head is not None and head.weight is embedding.weight
     names = {id(module): name for name, module in model.named_modules()}
-    rows = NewTokens(embedding, ids)
-    targets.replace(model, names[id(embedding)], rows)
-    if head is not None:
-        targets.replace(model, names[id(head)], NewTokens(head, ids, shared=rows if tied else None))
+    shared: NewTokens | None = None
+    for module in (embedding, head):
+        if module is None or (name := names[id(module)]) in whole:
+            continue
+        follows = tied and shared is not None
+        if ctx.new_token_layers is None or follows or any(name.endswith(end) for end in ctx.new_token_layers):
+            rows = NewTokens(module, ids, shared=shared if tied else None)
+            shared = shared or rows
+            targets.replace(model, name, rows)
 
 
 class Select(Method[C]):
@@ -167,43 +188,53 @@ class LayerMethod(Method[C]):
 
     def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
         names = self.target_names(model)
-        whole = self._whole_modules(model)
-        both = sorted(set(names) & set(whole))
+        whole = whole_modules(model, getattr(self.config, "modules_to_save", ()))
+        both = sorted(name for name in names if any(name == outer or name.startswith(f"{outer}.") for outer in whole))
         if both:
             raise UsageError(f"method.modules_to_save: {', '.join(both)} is also adapted by target_modules; choose one of the two")
         freeze(model)
-        train_new_tokens(model, ctx.new_token_ids)
+        train_new_tokens(model, ctx, whole)
         for name in names:
             base = model.get_submodule(name)
             if not isinstance(base, NewTokens) and hasattr(base, "weight"):
                 layer = self.make_layer(name, base, ctx)
-                layer.to(cast(Tensor, base.weight).device)
+                device = cast(Tensor, base.weight).device
+                for own in layer.parameters(recurse=False):
+                    if own.device != device:
+                        own.data = own.data.to(device)
                 layer.train(model.training)
                 targets.replace(model, name, layer)
             else:
                 raise UsageError(f"method.target_modules: {name} already trains the rows of the new tokens; take it out of the targets")
         for name in whole:
             module = model.get_submodule(name)
+            if any(is_quantized(inner) for inner in module.modules()):
+                raise UsageError(
+                    f"method.modules_to_save: {name} is quantized, and quantized weights cannot be trained",
+                    hint="adapt it by target_modules instead, or load the base without quantization.",
+                )
             if hasattr(module, "weight"):
                 untie(model, module)
             for parameter in module.parameters():
                 unfreeze(parameter)
         return model
 
-    def _whole_modules(self, model: nn.Module) -> list[str]:
-        wanted: Sequence[str] = getattr(self.config, "modules_to_save", ()) or ()
-        modules = dict(model.named_modules())
-        found: list[str] = []
-        for end in wanted:
-            names = [name for name in modules if name == end or name.endswith(f".{end}")]
-            if not names:
-                leaves = {name.rpartition(".")[2] for name in modules}
-                near = nearest(end, leaves)
-                raise UsageError(
-                    f"method.modules_to_save: no module is called {end!r}", hint=f"did you mean {near!r}?" if near else None
-                )
-            found += names
-        return found
+
+def whole_modules(model: nn.Module, wanted: Sequence[str]) -> list[str]:
+    """Dotted names of the modules that ``modules_to_save`` names by their ends.
+
+    Raises:
+        UsageError: a name fits no module.
+    """
+    modules = dict(model.named_modules())
+    found: list[str] = []
+    for end in wanted:
+        names = [name for name in modules if name and (name == end or name.endswith(f".{end}"))]
+        if not names:
+            near = nearest(end, {name.rpartition(".")[2] for name in modules})
+            raise UsageError(f"method.modules_to_save: no module is called {end!r}", hint=f"did you mean {near!r}?" if near else None)
+        found += names
+    return found
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
@@ -236,4 +267,5 @@ __all__ = [
     "trains_base_weights",
     "unfreeze",
     "untie",
+    "whole_modules",
 ]

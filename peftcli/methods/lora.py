@@ -58,8 +58,13 @@ class LoraLayer(AdapterLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.base(x)
-        low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))
-        return result + F.linear(low, self.lora_B.to(x.dtype)) * self.scaling
+        narrow, wide = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        if x.dtype in (torch.float32, torch.float64) or result.dtype != x.dtype:
+            # PEFT's order of operations: in float32 the two agree to the last bit.
+            return result + F.linear(F.linear(self.dropout(x), narrow), wide) * self.scaling
+        # Half precision: scale the thin tensor, and one product that adds onto the base's output.
+        low = F.linear(self.dropout(x), narrow) * self.scaling
+        return torch.addmm(result.flatten(0, -2), low.flatten(0, -2), wide.t()).view(result.shape)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + (self.lora_B.to(weight) @ self.lora_A.to(weight)) * self.scaling, bias

@@ -10,6 +10,8 @@ from peftcli.methods.lora import Lora, LoraConfig
 
 
 class QLoraConfig(LoraConfig):
+    """LoRA's options."""
+
     name: Literal["qlora"] = Field("qlora", description="`qlora`")  # type: ignore[assignment]
 
 

@@ -67,7 +67,9 @@ def load_tokenizer(source: Source, revision: str | None = None, *, trust_remote_
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.location, gguf_file=source.gguf_file, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.location, gguf_file=source.gguf_file, revision=revision, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _load_error(source, "tokenizer", error) from error
     if tokenizer.pad_token_id is None:
@@ -98,12 +100,16 @@ def load_base(
         ModelError: it cannot be found or read, lacks weights, or is no causal language model.
     """
     if trust_remote_code and section.revision is None:
-        raise ModelError("remote code is only run at a pinned base_model.revision", hint="set base_model.revision to a commit of the model.")
+        raise ModelError(
+            "remote code is only run at a pinned base_model.revision", hint="set base_model.revision to a commit of the model."
+        )
     device = torch.device(device)
     source = resolve(section.name, base_dir)
     dtype = resolve_dtype(section.dtype, device)
     tokens = Source(str(tokenizer_folder), str(tokenizer_folder), None, True) if tokenizer_folder else source
-    tokenizer = load_tokenizer(tokens, None if tokenizer_folder else section.revision, trust_remote_code=trust_remote_code and not tokenizer_folder)
+    tokenizer = load_tokenizer(
+        tokens, None if tokenizer_folder else section.revision, trust_remote_code=trust_remote_code and not tokenizer_folder
+    )
     storage = torch.float32 if master_weights and section.quantization is None else dtype
     model, revision = _load_model(source, section.revision, storage, task, trust_remote_code)
     parameters = sum(p.numel() for p in model.parameters())
@@ -123,7 +129,7 @@ def _load_model(source: Source, revision: str | None, dtype: torch.dtype, task: 
     if source.gguf_file is not None and hasattr(transformers, "GgufConfig"):
         # Newer versions leave GGUF weights in their blocks; training, quantizing and merging need them dense.
         extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    shout = logging.getLogger("transformers.modeling_utils")
+    shout = logging.getLogger("transformers")
     level = shout.level
     shout.setLevel(logging.ERROR)
     try:
@@ -148,9 +154,9 @@ def _load_model(source: Source, revision: str | None, dtype: torch.dtype, task: 
             f"base_model.name: {source.name} lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]}",
             hint="it is probably no causal language model; those missing weights would be random numbers.",
         )
-    if task == "causal_lm" and hasattr(model.config, "is_decoder") and not model.config.is_decoder and type(model).__name__.endswith("LMHeadModel"):
-        if model.config.model_type not in ("gpt2",):
-            raise ModelError(f"base_model.name: {source.name} is an encoder ({type(model).__name__}); it cannot be trained to continue text")
+    encoder = getattr(model.config, "is_decoder", True) is False and model.config.model_type != "gpt2"
+    if task == "causal_lm" and encoder and type(model).__name__.endswith("LMHeadModel"):
+        raise ModelError(f"base_model.name: {source.name} is an encoder ({type(model).__name__}); it cannot be trained to continue text")
     if source.gguf_file is not None:
         forget_gguf(model)
     return model, getattr(model.config, "_commit_hash", None)
@@ -168,8 +174,9 @@ def forget_gguf(model: Any) -> None:
 
 def _add_tokens(model: Any, tokenizer: Any, tokens: Sequence[str]) -> tuple[int, ...]:
     """Add the recipe's tokens and make room for every token of the tokenizer; fresh rows start as the mean of the others."""
+    tokens = list(dict.fromkeys(tokens))
     if tokens:
-        tokenizer.add_tokens(list(tokens))
+        tokenizer.add_tokens(tokens)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

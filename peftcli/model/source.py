@@ -69,7 +69,7 @@ def resolve(name: str, base_dir: Path | None = None) -> Source:
         ModelError: nothing is there, or it holds no model, or more than one.
     """
     if name.startswith(PREFIX):
-        path = _in_package(name.removeprefix(PREFIX), name)
+        path = _in_package(name.removeprefix(PREFIX))
     else:
         found = _on_disk(name, base_dir)
         if found is None:
@@ -77,7 +77,9 @@ def resolve(name: str, base_dir: Path | None = None) -> Source:
         path = found
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise ModelError(f"base_model.name: {name} is a file, but no .gguf file", hint="name the folder that holds config.json and the weights.")
+            raise ModelError(
+                f"base_model.name: {name} is a file, but no .gguf file", hint="name the folder that holds config.json and the weights."
+            )
         return Source(name, str(path.parent), path.name, True)
     return _in_folder(name, path)
 
@@ -103,7 +105,7 @@ def _on_hub(name: str) -> Source:
     return Source(name, name, None, False)
 
 
-def _in_package(spec: str, name: str) -> Path:
+def _in_package(spec: str) -> Path:
     package, _, inside = spec.partition("/")
     if not _IMPORT_NAME.fullmatch(package):
         raise ModelError(f"base_model.name: {package!r} is no import name", hint="write package:<import name>[/<path inside>].")
@@ -137,5 +139,7 @@ def _in_folder(name: str, folder: Path) -> Source:
         return Source(name, str(configs[0]), None, True)
     several = [str(p.relative_to(folder)) for p in [*ggufs, *configs]]
     if several:
-        raise ModelError(f"base_model.name: {name} holds several models: {', '.join(several)}", hint=f"name one, such as {name}/{several[0]}")
+        raise ModelError(
+            f"base_model.name: {name} holds several models: {', '.join(several)}", hint=f"name one, such as {name}/{several[0]}"
+        )
     raise ModelError(f"base_model.name: {name} holds no model: neither config.json nor a .gguf file")

@@ -36,7 +36,10 @@ class CausalLM(nn.Module):
         if batch.documents is not None:
             # A mask of four dimensions is passed through as it is: no square mask of the whole row is built, and the
             # packed attention, which knows the documents, looks at none.
-            inputs |= {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device), "documents": batch.documents}
+            inputs |= {
+                "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device),
+                "documents": batch.documents,
+            }
             if self._keeps:
                 logits: Tensor = model(**inputs, logits_to_keep=batch.positions).logits
                 return logits[0]

@@ -195,9 +195,11 @@ class _Frame:
             y = self.y(value)
             parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>')
             parts.append(f'<text class="tick" x="{left - 8}" y="{y + 4}" text-anchor="end">{tick_label(value)}</text>')
-        for value in ticks(self.x_low, self.x_high, max(2, self.width // 100)):
-            if value == int(value):
-                parts.append(f'<text class="tick" x="{self.x(value)}" y="{base + 18}" text-anchor="middle">{value:,.0f}</text>')
+        parts += [
+            f'<text class="tick" x="{self.x(value)}" y="{base + 18}" text-anchor="middle">{value:,.0f}</text>'
+            for value in ticks(self.x_low, self.x_high, max(2, self.width // 100))
+            if value == int(value)
+        ]
         parts.append(f'<line class="axis" x1="{left}" x2="{right}" y1="{base}" y2="{base}"/>')
         parts.append(f'<text class="unit" x="{(left + right) / 2}" y="{self.height - 6}" text-anchor="middle">step</text>')
         middle = (TOP + base) / 2

@@ -65,8 +65,10 @@ def _facts(report: Report) -> str:
         [
             f"- Model: {cell(model.name)} ({model.parameters:,} parameters, {cell(precision)})",
             f"- Method: {cell(report.method.name)}, {model.trainable_parameters:,} trainable parameters{share}",
-            f"- Training: {plural(train.steps, 'step')}, {train.epochs:.4g} epochs, {train.supervised_tokens:,} supervised tokens "
-            f"in {duration(train.seconds)} ({train.tokens_per_second:,.0f} tokens/s), peak memory {size(train.peak_memory_bytes)}",
+            (
+                f"- Training: {plural(train.steps, 'step')}, {train.epochs:.4g} epochs, {train.supervised_tokens:,} supervised tokens "
+                f"in {duration(train.seconds)} ({train.tokens_per_second:,.0f} tokens/s), peak memory {size(train.peak_memory_bytes)}"
+            ),
             f"- Training loss: {number(train.loss_first)} → {number(train.loss_last)}",
         ]
     )

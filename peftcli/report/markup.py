@@ -15,7 +15,7 @@ def text(value: object) -> str:
     return html.escape(visible)
 
 
-def data(value: float | int | None, shown: str) -> str:
+def data(value: float | None, shown: str) -> str:
     """A number as people read it, with the exact one in the element's ``value``."""
     return text(shown) if value is None else f'<data value="{value!r}">{text(shown)}</data>'
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,6 +46,8 @@ def number(value: float | None, digits: int = 4) -> str:
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
     if size >= 1000:
         return f"{value:,.0f}"
+    if size < 0.01:  # leading zeros are no significant digits
+        return f"{value:.{digits - 1 - math.floor(math.log10(size))}f}"
     whole = len(str(int(size))) if size >= 1 else 0
     return f"{value:.{max(digits - whole, 0)}f}"
 

@@ -7,12 +7,14 @@ written aside, flushed and renamed, so a crash at any moment leaves either the w
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,7 +91,7 @@ def set_rng_state(state: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(state["torch"])
     python = state["python"].tolist()
     gauss = float(state["python_gauss"][0])
-    random.setstate((python[0], tuple(python[1:]), None if gauss != gauss else gauss))
+    random.setstate((python[0], tuple(python[1:]), None if math.isnan(gauss) else gauss))
     numbers = state["numpy"].numpy()
     np.random.set_state(
         {
@@ -126,17 +128,44 @@ def load_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, Any]) ->
 
 
 def stage(folder: Path, step: int) -> Path:
-    """The folder that a checkpoint is written into before it gets its name; emptied if an earlier run died in it."""
-    aside = folder / f".step-{step}.partial"
-    if aside.exists():
-        shutil.rmtree(aside)
-    aside.mkdir(parents=True)
+    """The folder that a checkpoint is written into before it gets its name; emptied if an earlier run died in it.
+
+    Raises:
+        CheckpointError: the disk refuses it.
+    """
+    aside = staged(folder, step)
+    with _writing(aside):
+        for left in folder.glob(".step-*.partial"):
+            shutil.rmtree(left)
+        aside.mkdir(parents=True)
     return aside
 
 
+def staged(folder: Path, step: int) -> Path:
+    """Where :func:`stage` puts the checkpoint of ``step``."""
+    return folder / f".step-{step}.partial"
+
+
+@contextlib.contextmanager
+def _writing(aside: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(
+            f"the checkpoint {aside.name.removeprefix('.').removesuffix('.partial')} cannot be written: {getattr(error, 'strerror', None) or error}",
+            hint=f"free some space or choose another output_dir; the checkpoints before it in {aside.parent} are whole.",
+        ) from error
+
+
 def write_rng(aside: Path, process: int) -> None:
-    """Each process adds its own random state to the staged checkpoint."""
-    _save(rng_state(), aside / f"rng-{process}.safetensors")
+    """Each process adds its own random state to the staged checkpoint.
+
+    Raises:
+        CheckpointError: the disk refuses it.
+    """
+    with _writing(aside):
+        _save(rng_state(), aside / f"rng-{process}.safetensors")
 
 
 def commit(
@@ -160,28 +189,22 @@ def commit(
     """
     folder = aside.parent
     final = folder / f"step-{progress.step}"
-    try:
+    with _writing(aside):
         tensors, plain = optimizer_tensors(optimizer)
         _save({name: p.detach().cpu() for name, p in trainable.items()}, aside / "trainable.safetensors")
         _save(tensors, aside / "optimizer.safetensors")
         _save(dict(method), aside / "method.safetensors")
         state = {"version": VERSION, "progress": asdict(progress), "optimizer": plain}
-        (aside / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (aside / "state.json").write_text(_text(state), encoding="utf-8")
         files = sorted(p for p in aside.iterdir())
         manifest = {"version": VERSION, "step": progress.step, "sha256": {p.name: file_sha256(p) for p in files}}
-        (aside / "manifest.json").write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (aside / "manifest.json").write_text(_text(manifest), encoding="utf-8")
         for path in [*files, aside / "manifest.json", aside]:
             sync(path)
         if final.exists():
             shutil.rmtree(final)
         os.replace(aside, final)
         sync(folder)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(
-            f"the checkpoint of step {progress.step} cannot be written: {error.strerror or error}",
-            hint=f"free some space or choose another output_dir; the checkpoints before it in {folder} are whole.",
-        ) from error
     _rotate(folder, keep, protect)
     return final
 
@@ -217,9 +240,13 @@ def read(folder: Path) -> Checkpoint:
         CheckpointError: a file is missing, changed or unreadable.
     """
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        text = (folder / "manifest.json").read_text(encoding="utf-8")
+        manifest = json.loads(text)
         if manifest["version"] != VERSION:
             raise CheckpointError(f"{folder}: checkpoint version {manifest['version']} is not {VERSION}")
+        # Nothing vouches for the manifest but its own form and the folder's name.
+        if text != _text(manifest) or folder.name != f"step-{manifest['step']}":
+            raise CheckpointError(f"{folder / 'manifest.json'} is damaged")
         for name, digest in manifest["sha256"].items():
             if Path(name).name != name or file_sha256(folder / name) != digest:
                 raise CheckpointError(f"{folder / name} is damaged: its sha256 is not the manifest's")
@@ -245,6 +272,10 @@ def read_rng(checkpoint: Checkpoint, process: int) -> dict[str, Tensor]:
     if not path.exists():
         raise CheckpointError(f"{checkpoint.folder} was written by fewer processes than run now", hint="resume with the same --processes.")
     return load_file(path)
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
 
 def sync(path: Path) -> None:

@@ -6,6 +6,7 @@ accumulation steps and processes. The counts are known from the plan, so no proc
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -111,7 +112,7 @@ class Loop:
         for index, micro in enumerate(share):
             batch = self._batch(micro or step.rows[:1], silent=not micro)
             final = index == len(share) - 1
-            with accelerator.no_sync(self.module) if not final else _nothing():
+            with contextlib.nullcontext() if final else accelerator.no_sync(self.module):
                 loss = self.method.loss(self.module, batch)
                 accelerator.backward(loss.total * scale)
             total += loss.total.detach()
@@ -203,7 +204,8 @@ class Loop:
     def save(self, progress: checkpoints.Progress) -> None:
         """Write a checkpoint, then read it back and compare it with what is in memory."""
         accelerator = self.accelerator
-        aside = checkpoints.stage(self.folder, progress.step) if accelerator.is_main_process else self.folder / f".step-{progress.step}.partial"
+        prepare = checkpoints.stage if accelerator.is_main_process else checkpoints.staged
+        aside = prepare(self.folder, progress.step)
         accelerator.wait_for_everyone()
         checkpoints.write_rng(aside, accelerator.process_index)
         accelerator.wait_for_everyone()
@@ -262,11 +264,3 @@ def load_trainable(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
             if parameter.shape != tensors[name].shape:
                 raise CheckpointError(f"the checkpoint's {name} is {tuple(tensors[name].shape)}, the model's {tuple(parameter.shape)}")
             parameter.copy_(tensors[name])
-
-
-class _nothing:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *exc: object) -> None:
-        return None

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import byte_tokenizer, space_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_tokenizers import byte_tokenizer, space_tokenizer
 from transformers import AutoTokenizer
 
 from peftcli.data.audit import audit_rows, plain_example, render_example, runs

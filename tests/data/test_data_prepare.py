@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_tokenizers import byte_tokenizer
 
 from peftcli.data.audit import audit_rows
 from peftcli.data.neutral import Completion, Document

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import byte_tokenizer
+from small_tokenizers import byte_tokenizer
 
 from peftcli.data.prepare import Prepared, Split, prepare
 from peftcli.errors import DataError

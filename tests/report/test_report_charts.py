@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-import xml.etree.ElementTree as ElementTree
 from html import unescape
+from xml.etree import ElementTree as ET
 
 import pytest
 from hypothesis import given
@@ -21,7 +21,7 @@ def draw(points: list[Point], *, smoothed: bool = False) -> str:
 
 def coordinates(svg: str) -> list[float]:
     """Every coordinate of the drawing; parsing proves that the SVG is well-formed."""
-    root = ElementTree.fromstring(re.search(r"<svg.*</svg>", svg, re.DOTALL).group())  # type: ignore[union-attr]
+    root = ET.fromstring(re.search(r"<svg.*</svg>", svg, re.DOTALL).group())  # type: ignore[union-attr]
     found: list[float] = []
     for node in root.iter():
         found += [float(node.attrib[key]) for key in ("x", "y", "cx", "cy", "x1", "x2", "y1", "y2") if key in node.attrib]
@@ -85,7 +85,7 @@ def test_smoothing_keeps_lines_straight_and_calms_noise() -> None:
 
 def test_bars_show_values_and_intervals() -> None:
     svg = bars("Exact match", [("Base", "before", 0.0, (0.0, 0.05)), ("Tuned", "after", 0.5, (0.4, 0.6))], top=1.0, show=str)
-    root = ElementTree.fromstring(svg)
+    root = ET.fromstring(svg)
     widths = {node.attrib["class"]: float(node.attrib["width"]) for node in root.iter("rect")}
     assert widths["bar after"] == widths["track"] / 2
     assert 0 < widths["bar before"] < 5
@@ -93,7 +93,7 @@ def test_bars_show_values_and_intervals() -> None:
 
 
 def test_bars_of_nothing_but_zeros() -> None:
-    ElementTree.fromstring(bars("Loss", [("Base", "before", 0.0, None), ("Tuned", "after", 0.0, (0.0, 0.0))], top=None, show=str))
+    ET.fromstring(bars("Loss", [("Base", "before", 0.0, None), ("Tuned", "after", 0.0, (0.0, 0.0))], top=None, show=str))
 
 
 @given(st.text(alphabet=st.characters(blacklist_categories=["Cs"]), max_size=200))

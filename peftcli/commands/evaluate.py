@@ -1,0 +1,86 @@
+"""``peftcli eval``: measure a result on held-out rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from rich.console import Console
+from rich.table import Table
+
+from peftcli.commands.show import print_json, share
+from peftcli.data.prepare import prepare_eval
+from peftcli.errors import UsageError
+from peftcli.evaluate import Evaluator, Scores, is_match
+from peftcli.methods.kinds import trains_base_weights
+from peftcli.model.task import CausalLM, supports_packing
+from peftcli.recipe.schema import DatasetSection, EvalSection
+from peftcli.result import open_result
+
+
+def run(
+    path: Path,
+    *,
+    data: list[str] | None,
+    base_model: str | None,
+    quantization: str | None,
+    dtype: str | None,
+    generate: bool | None,
+    limit: int | None,
+    json: bool,
+    trust_remote_code: bool,
+) -> None:
+    """Evaluate and print; see the command's help for the arguments."""
+    result = open_result(path, base_model=base_model, dtype=dtype, quantization=quantization, trust_remote_code=trust_remote_code)
+    recipe = result.recipe
+    section = recipe.dataset if recipe is not None else None
+    if data:
+        places: dict[str, Any] = {"train": data, "eval": data, "eval_fraction": 0.0}
+        section = DatasetSection(**{**(section.model_dump() if section else {}), **places})
+    if section is None:
+        raise UsageError(f"{path} is an adapter without a recipe, so it has no held-out rows of its own", hint="name them: --data FILE")
+    if limit is not None:
+        section = section.model_copy(update={"eval_limit": limit})
+    base_dir = Path() if data else result.base_dir
+    split = prepare_eval(section, result.base.tokenizer, base_dir=base_dir, seed=recipe.train.seed if recipe else 42, max_positions=result.base.max_positions)
+    settings = recipe.eval if recipe is not None else EvalSection()
+    wanted = settings.generate if generate is None else generate
+    packed = supports_packing(result.model, result.base.model.config.get_text_config().vocab_size)
+    mixed = str(result.base.dtype) == "torch.bfloat16" and trains_base_weights(result.model)
+    evaluator = Evaluator(Accelerator(cpu=next(result.model.parameters()).device.type == "cpu"), split, result.base.tokenizer, packed, settings.batch_size, mixed)
+    scores = evaluator.scores(CausalLM(result.model), generate=wanted, max_new_tokens=settings.max_new_tokens, limit=settings.generate_limit)
+    examples = [
+        {"prompt": e.prompt, "reference": e.reference, "answer": a, "correct": is_match(a, e.reference)}
+        for e, a in zip(split.generation, scores.answers, strict=False)
+    ]
+    if json:
+        print_json({**numbers(scores), "intervals": scores.intervals, "answers": examples})
+        return
+    console = Console()
+    console.print(table(scores, str(path)))
+    for example in examples[: settings.examples]:
+        mark = "[green]✓[/]" if example["correct"] else "[red]✗[/]"
+        console.print(f"{mark} ", end="")
+        console.print(f"{example['prompt']}\n  expected {example['reference']}\n  answered {example['answer']}", markup=False)
+
+
+def numbers(scores: Scores) -> dict[str, Any]:
+    """The plain metrics."""
+    fields = ("loss", "perplexity", "token_accuracy", "exact_match", "supervised_tokens", "rows", "seconds")
+    return {name: getattr(scores, name) for name in fields}
+
+
+def table(scores: Scores, title: str) -> Table:
+    """The metrics with their 95 % intervals."""
+    shown = Table(title=f"{title}: {scores.rows} held-out rows, {scores.supervised_tokens} supervised tokens", title_justify="left")
+    shown.add_column("metric")
+    shown.add_column("value", justify="right")
+    shown.add_column("95 % interval", justify="right")
+    for name in ("exact_match", "token_accuracy", "loss", "perplexity"):
+        value = getattr(scores, name)
+        if value is not None:
+            low, high = scores.intervals[name]
+            form = share if name in ("exact_match", "token_accuracy") else "{:.4f}".format
+            shown.add_row(name.replace("_", " "), form(value), f"{form(low)} to {form(high)}")
+    return shown

@@ -1,0 +1,133 @@
+"""Fill the generated parts of README.md from the code, so that they cannot fall behind it.
+
+    python scripts/update_readme.py            # write
+    python scripts/update_readme.py --check    # exit 1 if a part is out of date
+
+A part stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from peftcli.data.templates import shipped
+from peftcli.methods import registry
+from peftcli.recipe.render import reference_markdown
+from peftcli.report.schema import Report
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+
+
+def methods() -> str:
+    """A table of the methods."""
+    lines = ["| method | what it does | 4- or 8-bit base | merges | result | paper |", "| --- | --- | --- | --- | --- | --- |"]
+    for name in registry.names():
+        method = registry.get(name)
+        caps = method.caps
+        result = "`model/`" if caps.whole_model else "`adapter/`"
+        row = (f"`{name}`", method.summary, _yes(caps.quantized_base), "is whole" if caps.whole_model else _yes(caps.mergeable), result)
+        lines.append("| " + " | ".join((*row, f"[{method.paper.rpartition('/')[2]}]({method.paper})")) + " |")
+    return "\n".join(lines)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def templates() -> str:
+    """The names of the shipped chat templates."""
+    return "Shipped chat templates: " + ", ".join(f"`{name}`" for name in shipped()) + "."
+
+
+def report() -> str:
+    """The fields of report.json, from its schema."""
+    return "\n".join(["| field | meaning |", "| --- | --- |", *_fields(Report, "")])
+
+
+def _fields(part: type[BaseModel], path: str) -> Iterator[str]:
+    for name, field in part.model_fields.items():
+        inner = _part(field.annotation)
+        meaning = field.description or (_first_sentence(inner.__doc__) if inner is not None else "")
+        if inner is not None and not path:
+            names = ", ".join(f"`{key}`" for key in inner.model_fields)
+            yield f"| `{name}` | {meaning} {'Each has' if 'list' in str(field.annotation) else 'Fields:'} {names}. |"
+        else:
+            yield f"| `{path}{name}` | {meaning or _choices(field.annotation)} |"
+
+
+def _part(annotation: Any) -> type[BaseModel] | None:
+    """The part inside ``Part``, ``Part | None`` or ``list[Part]``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in getattr(annotation, "__args__", ()) if (found := _part(inner)) is not None), None)
+
+
+def _choices(annotation: Any) -> str:
+    return ", ".join(f"`{choice}`" for choice in getattr(annotation, "__args__", ()))
+
+
+def _first_sentence(text: str | None) -> str:
+    flat = re.sub(r" \([^()]*https?://[^()]*\)", "", " ".join((text or "").split())).replace("``", "`")
+    return re.split(r"[.;] ", flat)[0].rstrip(".") + "." if flat else ""
+
+
+def layout() -> str:
+    """The files of the package, one line each: the first sentence of its docstring."""
+    lines = ["```", "peftcli/"]
+    for path in sorted((ROOT / "peftcli").rglob("*.py"), key=_depth_last):
+        inside = path.relative_to(ROOT / "peftcli")
+        sentence = _first_sentence(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))))
+        if path.name == "__init__.py":
+            if len(inside.parts) > 1:
+                lines.append(f"  {inside.parent}/".ljust(28) + sentence)
+        else:
+            lines.append("    " * (len(inside.parts) - 1) + f"  {path.name}".ljust(28 - 4 * (len(inside.parts) - 1)) + sentence)
+    return "\n".join([*lines, "```"])
+
+
+def _depth_last(path: Path) -> tuple[object, ...]:
+    """Files of the package itself first, then folder by folder, each led by its ``__init__``."""
+    inside = path.relative_to(ROOT / "peftcli")
+    return len(inside.parts) > 1, str(inside.parent), path.name != "__init__.py", path.name
+
+
+PARTS = {"methods": methods, "reference": reference_markdown, "templates": templates, "report": report, "layout": layout}
+
+
+def filled(text: str) -> str:
+    """``text`` with every generated part renewed.
+
+    Raises:
+        SystemExit: a part's markers are missing.
+    """
+    for name, make in PARTS.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise SystemExit(f"README.md needs {begin} and {end}, each once")
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{make().strip()}\n{end}{rest.split(end)[1]}"
+    return text
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 1 says that README.md is (with ``--check``) out of date."""
+    old = README.read_text(encoding="utf-8")
+    new = filled(old)
+    if "--check" in arguments:
+        if new != old:
+            print("README.md is out of date: make readme")
+        return int(new != old)
+    README.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,125 @@
+"""Packed attention: equal to its plain reference, outputs and gradients, and no document sees another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import helpers
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from peftcli.data.batching import collate
+from peftcli.kernels.attention import Documents, packed_attention, reference_attention
+from peftcli.model.task import CausalLM, supports_packing
+
+
+def inputs(lengths: list[int], heads: int, groups: int, seed: int, width: int = 4) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(1, n, sum(lengths), width) for n in (heads, groups, groups)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+def outputs_and_gradients(function: Any, qkv: list[Tensor], documents: Documents, causal: bool) -> list[Tensor]:
+    out = function(*qkv, documents, scaling=0.37, causal=causal)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return [out.detach(), *torch.autograd.grad((out * weight).sum(), qkv)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 19), min_size=1, max_size=9),
+    heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]),
+    causal=st.booleans(),
+    seed=st.integers(0, 100),
+)
+def test_equals_the_reference_in_float64(lengths: list[int], heads: tuple[int, int], causal: bool, seed: int) -> None:
+    documents, qkv = Documents(lengths), inputs(lengths, *heads, seed)
+    ours = outputs_and_gradients(packed_attention, qkv, documents, causal)
+    theirs = outputs_and_gradients(reference_attention, qkv, documents, causal)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape
+        assert float((a - b).abs().max()) <= 1e-10
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_reference_is_attention_on_each_document_alone(causal: bool) -> None:
+    lengths = [3, 1, 7]
+    qkv = inputs(lengths, 4, 2, 0)
+    packed = reference_attention(*qkv, Documents(lengths), scaling=0.5, causal=causal)
+    start = 0
+    for length in lengths:
+        q, k, v = (x[:, :, start : start + length] for x in qkv)
+        alone = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=0.5, enable_gqa=True).transpose(1, 2)
+        assert float((packed[:, start : start + length] - alone).abs().max()) <= 1e-12
+        start += length
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths", [[5, 9], [9, 5, 6, 1], [8, 8], [1, 30, 1], [16]])
+def test_editing_one_document_changes_no_other_by_a_single_bit(lengths: list[int], causal: bool) -> None:
+    documents, qkv = Documents(lengths), inputs(lengths, 4, 2, 0)
+    first = lengths[0]
+    edited = [x.detach().clone() for x in qkv]
+    for x in edited:
+        x[:, :, :first] = -5.0 * x[:, :, :first] + 1.0
+    before = packed_attention(*qkv, documents, scaling=1.0, causal=causal)
+    after = packed_attention(*edited, documents, scaling=1.0, causal=causal)
+    assert torch.equal(before[:, first:], after[:, first:])
+    assert not torch.equal(before[:, :first], after[:, :first])
+    gradient = torch.autograd.grad(before[:, first:].sum(), qkv)
+    assert all(float(g[:, :, :first].abs().sum()) == 0.0 for g in gradient), "a document must get no gradient from another"
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-mha", "llama-tied", "gpt2"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_whole_model_packed_equals_separate_and_leaks_nothing(kind: str, checkpointing: bool) -> None:
+    model = helpers.tiny_model(kind, torch.float64)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+    task = CausalLM(model)
+    split = helpers.make_split([6, 11, 5, 9], prompt=0)
+    ids, masks = split.input_ids, [np.ones(len(row), dtype=np.bool_) for row in split.input_ids]
+    packed = task.logits(collate(ids, masks, packed=True))
+    separate = torch.cat([task.logits(collate([row], [mask], packed=False)) for row, mask in zip(ids, masks, strict=True)])
+    assert float((packed - separate).abs().max().detach()) <= 1e-10
+    edited = task.logits(collate([ids[0][::-1].copy(), *ids[1:]], masks, packed=True))
+    assert torch.equal(packed[5:], edited[5:]), "editing document 1 must change the others by exactly 0"
+    assert not torch.equal(packed[:5], edited[:5])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_gradients_packed_equal_padded(kind: str) -> None:
+    split = helpers.make_split([6, 11, 5, 9, 9, 2])
+    found = []
+    for packed in (True, False):
+        model, _ = helpers.adapted("lora", kind, torch.float64, rank=4)
+        helpers.stir(model)
+        helpers.loss_of(model, split, packed=packed).backward()
+        found.append(helpers.gradients(model))
+    for name, gradient in found[0].items():
+        assert float((gradient - found[1][name]).abs().max()) <= 1e-10, name
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2"])
+def test_packing_is_found_to_work_by_trying(kind: str) -> None:
+    assert supports_packing(helpers.tiny_model(kind), helpers.VOCABULARY)
+
+
+def test_a_model_whose_rows_see_each_other_is_found_out() -> None:
+    class Leaky(torch.nn.Module):
+        """Every token sees the mean of the whole row."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = torch.nn.Embedding(16, 16)
+
+        def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+            x = self.embedding(input_ids)
+            return type("Output", (), {"logits": x + x.mean(1, keepdim=True)})
+
+    assert not supports_packing(Leaky(), 16)
