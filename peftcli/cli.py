@@ -24,10 +24,17 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Write JSON for programs to standard output.")]
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override recipe values, such as train.learning_rate=1e-4.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Override recipe values, such as train.learning_rate=1e-4.", show_default=False),
+]
 ResultPath = Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run's folder, or an adapter's.", show_default=False)]
-BaseModel = Annotated[str | None, typer.Option("--base-model", help="Base model, when it is not where the run or adapter says.", show_default=False)]
-RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model; needs a pinned base_model.revision.")]
+BaseModel = Annotated[
+    str | None, typer.Option("--base-model", help="Base model, when it is not where the run or adapter says.", show_default=False)
+]
+RemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model; needs a pinned base_model.revision.")
+]
 
 
 def _version(value: bool) -> None:
@@ -37,7 +44,9 @@ def _version(value: bool) -> None:
 
 
 @app.callback()
-def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")] = False) -> None:
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")] = False,
+) -> None:
     """Fine-tune language models from YAML recipes."""
 
 
@@ -47,8 +56,12 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in output_dir.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in output_dir.")] = False,
-    init_adapter: Annotated[Path | None, typer.Option("--init-adapter", help="Start from this adapter's weights.", show_default=False)] = None,
-    processes: Annotated[int, typer.Option("--processes", min=1, max=1024, help="Processes on this machine (gloo on the CPU, NCCL on GPUs).")] = 1,
+    init_adapter: Annotated[
+        Path | None, typer.Option("--init-adapter", help="Start from this adapter's weights.", show_default=False)
+    ] = None,
+    processes: Annotated[
+        int, typer.Option("--processes", min=1, max=1024, help="Processes on this machine (gloo on the CPU, NCCL on GPUs).")
+    ] = 1,
     json: Json = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
@@ -78,9 +91,15 @@ def evaluate(
     result: ResultPath,
     data: Annotated[list[str] | None, typer.Option("--data", help="Held-out rows; default: the recipe's own.", show_default=False)] = None,
     base_model: BaseModel = None,
-    quantization: Annotated[str | None, typer.Option("--quantization", help="nf4, fp4 or int8; default: the recipe's.", show_default=False)] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="auto, float32 or bfloat16; default: the recipe's.", show_default=False)] = None,
-    generate: Annotated[bool | None, typer.Option("--generate/--no-generate", help="Also generate answers; default: the recipe's.", show_default=False)] = None,
+    quantization: Annotated[
+        str | None, typer.Option("--quantization", help="nf4, fp4 or int8; default: the recipe's.", show_default=False)
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="auto, float32 or bfloat16; default: the recipe's.", show_default=False)
+    ] = None,
+    generate: Annotated[
+        bool | None, typer.Option("--generate/--no-generate", help="Also generate answers; default: the recipe's.", show_default=False)
+    ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N rows.", show_default=False)] = None,
     json: Json = False,
     trust_remote_code: RemoteCode = False,
@@ -88,14 +107,26 @@ def evaluate(
     """Measure a run's result, or any PEFT adapter, on held-out rows."""
     from peftcli.commands import evaluate as command
 
-    command.run(result, data=data, base_model=base_model, quantization=quantization, dtype=dtype, generate=generate, limit=limit, json=json, trust_remote_code=trust_remote_code)
+    command.run(
+        result,
+        data=data,
+        base_model=base_model,
+        quantization=quantization,
+        dtype=dtype,
+        generate=generate,
+        limit=limit,
+        json=json,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 @app.command()
 def merge(
     result: ResultPath,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the merged model.", show_default=False)],
-    dtype: Annotated[str | None, typer.Option("--dtype", help="float32 or bfloat16; default: that of the base.", show_default=False)] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32 or bfloat16; default: that of the base.", show_default=False)
+    ] = None,
     base_model: BaseModel = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
     json: Json = False,
@@ -119,7 +150,10 @@ def check(recipe: RecipePath, overrides: Overrides = None, json: Json = False, t
 
 
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False, help="Explain this method.")] = None, json: Json = False) -> None:
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False, help="Explain this method.")] = None,
+    json: Json = False,
+) -> None:
     """List the fine-tuning methods, or explain one."""
     from peftcli.commands import methods as command
 
@@ -153,7 +187,15 @@ def chat(
     """Talk to a tuned model."""
     from peftcli.commands import chat as command
 
-    command.run(result, prompt=prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature, base_model=base_model, trust_remote_code=trust_remote_code)
+    command.run(
+        result,
+        prompt=prompt,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        base_model=base_model,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def _finish(report: Any, folder: Path, json: bool) -> None:
@@ -209,8 +251,8 @@ def main() -> None:
 def _out_of_memory() -> OutOfMemoryError:
     return OutOfMemoryError(
         "memory ran out",
-        hint="lower train.batch_size (and raise train.gradient_accumulation_steps), lower dataset.max_length, set train.gradient_checkpointing=true, "
-        "or base_model.quantization=nf4; `peftcli check RECIPE` estimates the need.",
+        hint="lower train.batch_size (and raise train.gradient_accumulation_steps), lower dataset.max_length, "
+        "set train.gradient_checkpointing=true, or base_model.quantization=nf4; `peftcli check RECIPE` estimates the need.",
     )
 
 

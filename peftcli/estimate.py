@@ -26,7 +26,12 @@ from peftcli.recipe.schema import Recipe
 # Bytes of optimizer state for each trained parameter.
 _STATE = {"adamw": 8.0, "paged_adamw": 8.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 2.0, "sgd": 0.0, "adafactor": 0.1}
 # Bytes for each weight: the codes, and one scale for 64 (4 bits; one byte of it where quantized again) or for each row (8 bits).
-_PACKED = {("nf4", True): 0.5 + 1 / 64 + 4 / 16384, ("nf4", False): 0.5 + 4 / 64, ("fp4", True): 0.5 + 1 / 64 + 4 / 16384, ("fp4", False): 0.5 + 4 / 64}
+_PACKED = {
+    ("nf4", True): 0.5 + 1 / 64 + 4 / 16384,
+    ("nf4", False): 0.5 + 4 / 64,
+    ("fp4", True): 0.5 + 1 / 64 + 4 / 16384,
+    ("fp4", False): 0.5 + 4 / 64,
+}
 
 
 @dataclass(frozen=True)
@@ -64,10 +69,14 @@ def fake_model(source: Source, revision: str | None, dtype: torch.dtype, mode: F
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with mode:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.register(), trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention.register(), trust_remote_code=trust_remote_code
+        )
 
 
-def estimate(model: Any, method: Method[Any], recipe: Recipe, split: Split, plan: Plan, dtype: torch.dtype, mode: FakeTensorMode, *, program: int) -> Estimate:
+def estimate(
+    model: Any, method: Method[Any], recipe: Recipe, split: Split, plan: Plan, dtype: torch.dtype, mode: FakeTensorMode, *, program: int
+) -> Estimate:
     """Apply ``method`` to the fake ``model`` and count.
 
     Args:
@@ -83,7 +92,8 @@ def estimate(model: Any, method: Method[Any], recipe: Recipe, split: Split, plan
     quantized = {id(m.weight) for m in linears.values()} if kind else set()
     ids = tuple(range(len(recipe.base_model.new_tokens)))
     with mode:
-        model = method.apply(model, Context(recipe.train.seed, ids, kind is not None))
+        # Any text will do: shapes do not depend on it.
+        model = method.apply(model, Context(recipe.train.seed, ids, kind is not None, encode=lambda _: [0]))
     weights = 0.0
     for parameter in model.parameters():
         if id(parameter) in quantized:

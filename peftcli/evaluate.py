@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object, reduce
 
 from peftcli.data.batching import Batch, collate
 from peftcli.data.prepare import GenerationExample, Split
+from peftcli.errors import DataError
 from peftcli.model.task import CausalLM
 
 
@@ -58,7 +60,7 @@ class Evaluator:
             mixed: compute in autocast (trained float32 weights, bfloat16 products).
     """
 
-    accelerator: Accelerator
+    processes: PartialState | Accelerator
     split: Split
     tokenizer: Any
     packed: bool
@@ -68,9 +70,18 @@ class Evaluator:
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if not self.mixed:
             return contextlib.nullcontext()
-        return torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16)
+        return torch.autocast(self.processes.device.type, dtype=torch.bfloat16)
 
-    def scores(self, task: CausalLM, *, generate: bool = False, max_new_tokens: int = 128, limit: int | None = None, rows: int | None = None, alone: bool = False) -> Scores:
+    def scores(
+        self,
+        task: CausalLM,
+        *,
+        generate: bool = False,
+        max_new_tokens: int = 128,
+        limit: int | None = None,
+        rows: int | None = None,
+        alone: bool = False,
+    ) -> Scores:
         """Metrics of ``task`` on the split (its first ``rows``); the module's training mode is put back afterwards.
 
         Args:
@@ -87,6 +98,8 @@ class Evaluator:
         finally:
             task.train(training)
         tokens = int(counts.sum())
+        if not tokens:
+            raise DataError("the held-out rows hold no token that could be predicted from another")
         loss = float(losses.sum() / tokens)
         correct = int(right.sum())
         intervals = {"loss": _ratio_interval(losses, counts), "token_accuracy": wilson(correct, tokens)}
@@ -100,40 +113,40 @@ class Evaluator:
 
     def _row_sums(self, task: CausalLM, rows: int | None, alone: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[rows] float64 loss, int64 correct and int64 supervised tokens of every row; each process measures its share."""
-        split, accelerator = self.split, self.accelerator
+        split, processes = self.split, self.processes
         total = len(split.input_ids) if rows is None else min(rows, len(split.input_ids))
         losses, right = torch.zeros(total, dtype=torch.float64), torch.zeros(total, dtype=torch.long)
         counts = torch.tensor([int(split.supervised[row][1:].sum()) for row in range(total)])
         # Similar lengths meet, so padded layouts waste little; the result does not depend on who meets whom.
         order = sorted(range(total), key=lambda row: (-len(split.input_ids[row]), row))
         batches = [order[start : start + self.batch_size] for start in range(0, total, self.batch_size)]
-        first, every = (0, 1) if alone else (accelerator.process_index, accelerator.num_processes)
+        first, every = (0, 1) if alone else (processes.process_index, processes.num_processes)
         for chosen in batches[first::every]:
             batch = collate(
                 [split.input_ids[row] for row in chosen],
                 [split.supervised[row] for row in chosen],
                 packed=self.packed,
                 pad_id=self.tokenizer.pad_token_id,
-                device=accelerator.device,
+                device=processes.device,
             )
             loss, hit = _token_losses(task, batch)
             owner = torch.repeat_interleave(torch.tensor(chosen), counts[chosen])
             losses.index_add_(0, owner, loss.double().cpu())
             right.index_add_(0, owner, hit.long().cpu())
         if every > 1:
-            device = accelerator.device
-            losses = accelerator.reduce(losses.to(device), reduction="sum").cpu()
-            right = accelerator.reduce(right.to(device), reduction="sum").cpu()
+            device = processes.device
+            losses = reduce(losses.to(device), reduction="sum").cpu()
+            right = reduce(right.to(device), reduction="sum").cpu()
         return losses, right, counts
 
     def _answers(self, task: CausalLM, max_new_tokens: int, limit: int | None) -> list[str]:
         examples = self.split.generation[:limit]
-        mine = list(range(self.accelerator.process_index, len(examples), self.accelerator.num_processes))
-        texts = generate(task.model, self.tokenizer, [examples[i].prompt_ids for i in mine], max_new_tokens, self.batch_size, self.split.stop_ids)
-        if self.accelerator.num_processes == 1:
+        mine = list(range(self.processes.process_index, len(examples), self.processes.num_processes))
+        texts = generate(
+            task.model, self.tokenizer, [examples[i].prompt_ids for i in mine], max_new_tokens, self.batch_size, self.split.stop_ids
+        )
+        if self.processes.num_processes == 1:
             return texts
-        from accelerate.utils import gather_object
-
         pairs = gather_object(list(zip(mine, texts, strict=True)))
         return [text for _, text in sorted(pairs)]
 
@@ -150,7 +163,9 @@ def _token_losses(task: CausalLM, batch: Batch) -> tuple[torch.Tensor, torch.Ten
     return torch.cat(losses), torch.cat(hits)
 
 
-def generate(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int, stop_ids: Sequence[int]) -> list[str]:
+def generate(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int, stop_ids: Sequence[int]
+) -> list[str]:
     """Greedy answers, decoded without special tokens. Prompts are padded on the left; similar lengths go together."""
     from transformers import GenerationConfig
 

@@ -19,7 +19,7 @@ def rank() -> int:
 
 def spawn(processes: int) -> int:
     """Run this command again in ``processes`` processes; returns the exit code of the first that failed, or 0."""
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -44,4 +44,7 @@ def spawn(processes: int) -> int:
             # A killed process has a negative code: shells write 128 + the signal.
             code = next((c for c in codes if c > 0), codes[0] if codes else 1)
             return code if code > 0 else 128 - code
+        except SignalException as error:
+            # The launcher passed the signal on and waited: the processes have written their checkpoint.
+            return 128 + int(error.sigval)
     return 0

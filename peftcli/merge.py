@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peftcli import quantization
 from peftcli.data.batching import collate
 from peftcli.errors import CheckFailed
-from peftcli.methods.kinds import AdapterLayer, NewTokens, adapter_layers
+from peftcli.methods.kinds import AdapterLayer, NewTokens, adapter_layers, mixes_precision
 from peftcli.methods.targets import replace
 from peftcli.model.task import CausalLM
 
@@ -23,6 +23,8 @@ PROBE = (
     "The quick brown fox jumps over the lazy dog. In 1969 two people walked on the Moon; the third stayed in orbit. "
     "def add(a, b): return a + b\n Question: what is 12 times 12? Answer: 144. 今天天气很好。 Bonjour, comment allez-vous ?"
 )
+# Logits of more positions would take gigabytes with large vocabularies.
+_POSITIONS = 1024
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Parity:
         kl: mean Kullback-Leibler divergence from base + adapter to merged, nats for each token.
         top1: share of positions whose most likely token is the same.
         positions: how many were compared.
-        limits: the thresholds that apply: ``max_difference`` for float32 over a dense base, else ``kl`` and ``top1``.
+        limits: the thresholds that apply: ``max_difference`` for float32 over a dense base (1e-4 of the largest logit, or of
+            1 where all are smaller), else ``kl`` and ``top1``.
     """
 
     max_difference: float
@@ -55,10 +58,12 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
     Args:
         model: changed in place.
-        dtype: of the folded layers; default: that of the dense weight (bfloat16 for quantized ones computing in it).
+        dtype: of the folded layers; default: that of the dense weight (bfloat16 for quantized ones computing in it). Base
+            weights that were trained in float32 go back to the dtype of those that were not.
 
     Embeddings and output layers that were tied stay tied where both are folded alike; otherwise they are untied.
     """
+    stored = _stored_dtype(model)
     for name, layer in adapter_layers(model).items():
         replace(model, name, _folded(layer, dtype))
     for name, module in list(model.named_modules()):
@@ -67,10 +72,18 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             replace(model, name, _linear(weight, bias, dtype or _compute_dtype(module)))
     _retie(model)
     for parameter in model.parameters():
+        if parameter.requires_grad and stored is not None and dtype is None:
+            parameter.data = parameter.data.to(stored)
         parameter.requires_grad_(False)
     if dtype is not None:
         model.to(dtype)
     return model
+
+
+def _stored_dtype(model: nn.Module) -> torch.dtype | None:
+    """Of the frozen weights in floating point, where they agree."""
+    found = {p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()}
+    return found.pop() if len(found) == 1 else None
 
 
 def _compute_dtype(module: nn.Module) -> torch.dtype:
@@ -120,9 +133,14 @@ def _retie(model: Any) -> None:
 
 
 def probe_rows(tokenizer: Any, rows: Sequence[np.ndarray[Any, Any]] = ()) -> list[np.ndarray[Any, np.dtype[np.int32]]]:
-    """Token rows to compare on: the given ones, or a built-in text."""
-    if rows:
-        return [np.asarray(row, dtype=np.int32) for row in rows]
+    """Token rows to compare on: the first of the given ones, about a thousand tokens, or a built-in text."""
+    chosen: list[np.ndarray[Any, np.dtype[np.int32]]] = []
+    for row in rows:
+        chosen.append(np.asarray(row, dtype=np.int32)[:_POSITIONS])
+        if sum(map(len, chosen)) >= _POSITIONS:
+            break
+    if chosen:
+        return chosen
     ids = tokenizer(PROBE, add_special_tokens=True)["input_ids"]
     return [np.asarray(ids, dtype=np.int32)]
 
@@ -132,7 +150,7 @@ def logits_of(model: nn.Module, rows: Sequence[np.ndarray[Any, Any]], device: to
     task = CausalLM(model)
     model.eval()
     collected = []
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixes_precision(model)):
         for row in rows:
             batch = collate([row], [np.ones(len(row), dtype=np.bool_)], packed=False, device=device)
             collected.append(task.logits(batch).float().cpu())
@@ -150,7 +168,9 @@ def parity(adapted: Tensor, merged: Tensor, *, exact: bool) -> Parity:
     kl = float((p.exp() * (p - q)).sum(-1).mean())
     top1 = float((adapted[:, :width].argmax(-1) == merged[:, :width].argmax(-1)).double().mean())
     difference = float((adapted[:, :width] - merged[:, :width]).abs().max())
-    limits = {"max_difference": 1e-4} if exact else {"kl": 5e-3, "top1": 0.99}
+    # float32 rounds relative to the size of the logits, which is about 30 in real models.
+    size = max(1.0, float(adapted[:, :width].abs().max()))
+    limits = {"max_difference": 1e-4 * size} if exact else {"kl": 5e-3, "top1": 0.99}
     return Parity(difference, max(kl, 0.0), top1, len(p), limits)
 
 

@@ -71,7 +71,9 @@ class OutputFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(lock, "a+", encoding="utf-8")  # noqa: SIM115 - held open as long as the run
         except OSError as error:
-            raise UsageError(f"output_dir: {self.path} cannot be written: {error.strerror or error}", hint="choose another output_dir.") from error
+            raise UsageError(
+                f"output_dir: {self.path} cannot be written: {error.strerror or error}", hint="choose another output_dir."
+            ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -146,10 +148,15 @@ def model_card(recipe: Recipe, method: Method[Any], *, whole: bool) -> str:
     how = (
         'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")'
         if whole
-        else f'base = AutoModelForCausalLM.from_pretrained("{recipe.base_model.name}")\nmodel = PeftModel.from_pretrained(base, "THIS_FOLDER")'
+        else f'base = AutoModelForCausalLM.from_pretrained("{recipe.base_model.name}")\n'
+        'model = PeftModel.from_pretrained(base, "THIS_FOLDER")'
     )
     imports = "from transformers import AutoModelForCausalLM, AutoTokenizer" + ("" if whole else "\nfrom peft import PeftModel")
-    head = {"base_model": recipe.base_model.name, "library_name": "transformers" if whole else "peft", "tags": [method.config.name, "peftcli"]}
+    use = f'```python\n{imports}\n\n{how}\ntokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")\n```'
+    library = "transformers" if whole else "peft"
+    if not whole and method.peft is not None and not method.peft.stock:
+        library, use = "peftcli", "```bash\npeftcli chat THIS_FOLDER\npeftcli eval THIS_FOLDER --data rows.jsonl\n```"
+    head = {"base_model": recipe.base_model.name, "library_name": library, "tags": [method.config.name, "peftcli"]}
     front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())
     rows = "\n".join(f"| {key} | `{json.dumps(value)}` |" for key, value in options.items())
     table = f"| option | value |\n| --- | --- |\n{rows}\n" if rows else ""
@@ -157,12 +164,14 @@ def model_card(recipe: Recipe, method: Method[Any], *, whole: bool) -> str:
     return (
         f"---\n{front}\n---\n\n# {recipe.base_model.name}, fine-tuned with {method.config.name}\n\n"
         f"{method.summary} ({method.paper})\n\n{table}\nTrained on: {sources}\n\n"
-        f'```python\n{imports}\n\n{how}\ntokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")\n```\n\n'
+        f"{use}\n\n"
         "Written by peftcli. The run's report and resolved recipe lie beside this folder.\n"
     )
 
 
-def live_check(saved: Path, model: Any, method: Method[Any], before: dict[str, tuple[int, int]], *, steps: int, loss: Any) -> LiveAdapterCheck:
+def live_check(
+    saved: Path, model: Any, method: Method[Any], before: dict[str, tuple[int, int]], *, steps: int, loss: Any
+) -> LiveAdapterCheck:
     """Read the saved weights back from disk into ``model`` and see that they are whole, finite, moved, and the same model.
 
     Args:
@@ -172,20 +181,23 @@ def live_check(saved: Path, model: Any, method: Method[Any], before: dict[str, t
         loss: a function that measures the model's loss on fixed rows; called before and after the weights are read.
     """
     expected: dict[str, Tensor]
+    cut: set[str] = set()  # parameters of which nothing is left in the file: they may end where they began
     first = float(loss())
     try:
         if method.caps.whole_model:
             expected = dict(model.named_parameters())
             found = {k: v for file in sorted(saved.glob("*.safetensors")) for k, v in load_file(file).items()}
         else:
-            expected = {hf_peft.file_key(model, method, name): p for name, p in trainable_state(model).items()}
-            found = hf_peft.read_tensors(saved / hf_peft.WEIGHTS)
+            expected = {hf_peft.file_key(model, method, name): target for name, target in method.file_targets(model).items()}
+            stored = hf_peft.read_tensors(saved / hf_peft.WEIGHTS, empty=method.peft is not None and method.peft.empty)
+            cut = {name for name in before if (kept := stored.get(hf_peft.file_key(model, method, name))) is not None and not kept.numel()}
+            found = hf_peft.as_parameters(model, method, stored)
     except (PeftcliError, OSError, ValueError) as error:
         return LiveAdapterCheck(passed=False, keys=0, loss_before_save=first, note=str(error))
     missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     not_finite = sorted(key for key, tensor in found.items() if not torch.isfinite(tensor).all())
     now = fingerprints(model)
-    unmoved = sorted(name for name, mark in before.items() if now.get(name) == mark)
+    unmoved = sorted(name for name, mark in before.items() if now.get(name) == mark and name not in cut)
     with torch.no_grad():
         for key in set(expected) & set(found):
             if expected[key].shape == found[key].shape:

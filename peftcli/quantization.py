@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+# Weights that share one scale.
+_BLOCK = 64
+
+
 def _bitsandbytes() -> Any:
     # The welcome banner and missing-CUDA notes of the import are no news to somebody without a GPU.
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
@@ -39,12 +43,22 @@ def quantize_linear(module: nn.Linear, kind: str, *, double: bool, compute_dtype
         kind: ``nf4``, ``fp4`` (QLoRA, 2305.14314) or ``int8`` (LLM.int8(), 2208.07339).
         double: quantize the 4-bit scales once more.
         compute_dtype: dtype that the 4-bit weight is expanded to in the product.
+
+    Raises:
+        ModelError: bitsandbytes would compute with wrong weights, or is not installed.
     """
     import torch
 
     bnb = _bitsandbytes()
     device = module.weight.device
     bias = module.bias is not None
+    if kind != "int8" and device.type == "cpu" and module.in_features % _BLOCK:
+        # The CPU kernels of bitsandbytes 0.50 start a new block with each row where the quantizer does not.
+        raise ModelError(
+            f"base_model.quantization: {kind} on the CPU needs layers whose input width is a multiple of {_BLOCK}; "
+            f"one has {module.in_features}, and bitsandbytes would expand its weight wrongly",
+            hint="use int8, no quantization, or a GPU.",
+        )
     if kind == "int8":
         quantized = bnb.nn.Linear8bitLt(module.in_features, module.out_features, bias=bias, has_fp16_weights=False, device="meta")
         quantized.weight = bnb.nn.Int8Params(module.weight.data.contiguous().cpu(), requires_grad=False, has_fp16_weights=False)

@@ -114,8 +114,13 @@ def _locate(path: Path) -> tuple[Recipe | None, Path, Path]:
     if (path / hf_peft.CONFIG).is_file() or (path / "config.json").is_file():
         return None, path, path
     if (path / "recipe.yaml").is_file():
-        raise CheckpointError(f"{path} holds a run without a result: there is neither adapter/ nor model/", hint="finish it: peftcli train RECIPE --resume")
-    raise UsageError(f"{path} holds neither a run nor an adapter", hint="a run has recipe.yaml and adapter/ or model/; an adapter has adapter_config.json.")
+        raise CheckpointError(
+            f"{path} holds a run without a result: there is neither adapter/ nor model/", hint="finish it: peftcli train RECIPE --resume"
+        )
+    raise UsageError(
+        f"{path} holds neither a run nor an adapter",
+        hint="a run has recipe.yaml and adapter/ or model/; an adapter has adapter_config.json.",
+    )
 
 
 def _section(recipe: Recipe | None, adapter: hf_peft.AdapterFile | None, weights: Path, base_model: str | None) -> BaseModelSection:

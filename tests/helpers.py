@@ -60,13 +60,13 @@ def tiny_config(kind: str) -> Any:
     """``llama`` (grouped-query attention), ``llama-mha``, ``llama-tied``, ``gpt2`` (tied, Conv1D)."""
     if kind == "gpt2":
         return GPT2Config(
-            vocab_size=VOCABULARY, n_positions=256, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            vocab_size=VOCABULARY, n_positions=256, n_embd=64, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
             bos_token_id=0, eos_token_id=1,
         )  # fmt: skip
     return LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4 if kind == "llama-mha" else 2, max_position_embeddings=256, tie_word_embeddings=kind == "llama-tied",
-        bos_token_id=0, eos_token_id=1, pad_token_id=3, initializer_range=0.15,
+        bos_token_id=0, eos_token_id=1, pad_token_id=3, initializer_range=0.1,
     )  # fmt: skip
 
 

@@ -24,8 +24,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("methods", "environment"),
     ("recipe", "interchange"),
     ("data",),
-    ("model", "output"),
+    ("model", "output", "plan"),
     ("train", "evaluate", "merge", "estimate", "result"),
+    ("account",),
     ("run",),
     ("commands",),
     ("cli",),
@@ -144,7 +145,7 @@ def method_modules() -> set[str]:
     return {registry.get(name).__module__ for name in registry.names()}
 
 
-@pytest.mark.parametrize("part", ["train", "run", "evaluate", "report", "output", "result", "merge", "estimate"])
+@pytest.mark.parametrize("part", ["train", "run", "evaluate", "report", "output", "result", "merge", "estimate", "plan", "account"])
 def test_nothing_above_the_registry_names_a_method(part: str) -> None:
     wrong = []
     for path in FILES:

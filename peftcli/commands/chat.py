@@ -10,10 +10,20 @@ import torch
 from rich.console import Console
 
 from peftcli.data.templates import stop_ids
+from peftcli.methods.kinds import mixes_precision
 from peftcli.result import Result, open_result
 
 
-def run(path: Path, *, prompt: str | None, system: str | None, max_new_tokens: int, temperature: float, base_model: str | None, trust_remote_code: bool) -> None:
+def run(
+    path: Path,
+    *,
+    prompt: str | None,
+    system: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    base_model: str | None,
+    trust_remote_code: bool,
+) -> None:
     """Answer one prompt, or go on until the input ends. The conversation's earlier turns are part of each prompt."""
     result = open_result(path, base_model=base_model, trust_remote_code=trust_remote_code)
     history = [{"role": "system", "content": system}] if system else []
@@ -48,9 +58,14 @@ def answer(result: Result, messages: list[dict[str, str]], max_new_tokens: int, 
         ids = tokenizer(messages[-1]["content"], return_tensors="pt")["input_ids"]
     ids = ids.to(next(result.model.parameters()).device)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    config = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=stop_ids(tokenizer), **sampling)
-    with torch.no_grad():
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=stop_ids(tokenizer), **sampling
+    )
+    with torch.no_grad(), torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=mixes_precision(result.model)):
         out = result.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=config,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         )
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()

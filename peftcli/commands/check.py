@@ -17,9 +17,9 @@ from peftcli.estimate import Estimate, estimate, fake_model
 from peftcli.methods import registry
 from peftcli.model.load import load_tokenizer, resolve_dtype
 from peftcli.model.source import resolve
+from peftcli.plan import count_steps, make_plan
 from peftcli.recipe.load import LoadedRecipe
 from peftcli.result import default_device
-from peftcli.run import count_steps, make_plan
 
 
 def run(loaded: LoadedRecipe, *, json: bool, trust_remote_code: bool) -> None:
@@ -38,13 +38,18 @@ def run(loaded: LoadedRecipe, *, json: bool, trust_remote_code: bool) -> None:
     storage = torch.float32 if method.caps.whole_model else dtype
     model = fake_model(source, section.revision, storage, mode, trust_remote_code=trust_remote_code)
     positions = getattr(model.config, "max_position_embeddings", None)
-    data = prepare(recipe.dataset, tokenizer, base_dir=loaded.base_dir, seed=recipe.train.seed, max_positions=positions)
+    data = prepare(recipe.dataset, tokenizer, base_dir=loaded.base_dir, seed=recipe.train.seed, max_positions=method.row_limit(positions))
     plan = make_plan(recipe, data, 1)
     process = psutil.Process().memory_info().rss if device.type == "cpu" else 0
     need = estimate(model, method, recipe, data.train, plan, dtype, mode, program=process)
     facts: dict[str, Any] = {
         "valid": True,
-        "model": {"name": section.name, "parameters": need.parameters, "trainable_parameters": need.trainable, "dtype": str(dtype).removeprefix("torch.")},
+        "model": {
+            "name": section.name,
+            "parameters": need.parameters,
+            "trainable_parameters": need.trainable,
+            "dtype": str(dtype).removeprefix("torch."),
+        },
         "method": recipe.method.name,
         "steps": count_steps(recipe, plan),
         "train": counts(data.train),
@@ -71,7 +76,11 @@ def show(facts: dict[str, Any], need: Estimate, data: Any, device: str) -> None:
     """The same for a person."""
     console = Console()
     model = facts["model"]
-    console.print(f"{model['name']}: {need.parameters:,} parameters, {need.trainable:,} trained ({share(need.trainable / need.parameters)}) by {facts['method']}", markup=False)
+    console.print(
+        f"{model['name']}: {need.parameters:,} parameters, {need.trainable:,} trained "
+        f"({share(need.trainable / need.parameters)}) by {facts['method']}",
+        markup=False,
+    )
     table = Table()
     for title in ("rows", "train", "held out"):
         table.add_column(title, justify="left" if title == "rows" else "right")

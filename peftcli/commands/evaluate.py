@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
@@ -43,13 +43,23 @@ def run(
     if limit is not None:
         section = section.model_copy(update={"eval_limit": limit})
     base_dir = Path() if data else result.base_dir
-    split = prepare_eval(section, result.base.tokenizer, base_dir=base_dir, seed=recipe.train.seed if recipe else 42, max_positions=result.base.max_positions)
+    longest = result.base.max_positions if result.method is None else result.method.row_limit(result.base.max_positions)
+    split = prepare_eval(section, result.base.tokenizer, base_dir=base_dir, seed=recipe.train.seed if recipe else 42, max_positions=longest)
     settings = recipe.eval if recipe is not None else EvalSection()
     wanted = settings.generate if generate is None else generate
-    packed = supports_packing(result.model, result.base.model.config.get_text_config().vocab_size)
+    packed = supports_packing(result.model, result.base.model.config.get_text_config().vocab_size, longest=max(split.lengths))
     mixed = str(result.base.dtype) == "torch.bfloat16" and trains_base_weights(result.model)
-    evaluator = Evaluator(Accelerator(cpu=next(result.model.parameters()).device.type == "cpu"), split, result.base.tokenizer, packed, settings.batch_size, mixed)
-    scores = evaluator.scores(CausalLM(result.model), generate=wanted, max_new_tokens=settings.max_new_tokens, limit=settings.generate_limit)
+    evaluator = Evaluator(
+        PartialState(cpu=next(result.model.parameters()).device.type == "cpu"),
+        split,
+        result.base.tokenizer,
+        packed,
+        settings.batch_size,
+        mixed,
+    )
+    scores = evaluator.scores(
+        CausalLM(result.model), generate=wanted, max_new_tokens=settings.max_new_tokens, limit=settings.generate_limit
+    )
     examples = [
         {"prompt": e.prompt, "reference": e.reference, "answer": a, "correct": is_match(a, e.reference)}
         for e, a in zip(split.generation, scores.answers, strict=False)

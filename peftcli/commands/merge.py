@@ -22,7 +22,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ROWS = 16
 
 
-def run(path: Path, output: Path, *, dtype: str | None, base_model: str | None, overwrite: bool, json: bool, trust_remote_code: bool) -> None:
+def run(
+    path: Path, output: Path, *, dtype: str | None, base_model: str | None, overwrite: bool, json: bool, trust_remote_code: bool
+) -> None:
     """Merge, save, reload, compare and print; see the command's help for the arguments."""
     if dtype is not None and dtype not in _DTYPES:
         raise UsageError(f"--dtype: {dtype!r} is not one of {', '.join(_DTYPES)}")
@@ -54,7 +56,9 @@ def _held_out(result: Result) -> list[Any]:
         return []
     try:
         section = recipe.dataset if recipe.dataset.eval_fraction else recipe.dataset.model_copy(update={"eval_limit": _ROWS})
-        split = prepare_eval(section, result.base.tokenizer, base_dir=result.base_dir, seed=recipe.train.seed, max_positions=result.base.max_positions)
+        split = prepare_eval(
+            section, result.base.tokenizer, base_dir=result.base_dir, seed=recipe.train.seed, max_positions=result.base.max_positions
+        )
     except DataError:
         return []
     return list(split.input_ids[:_ROWS])
@@ -74,14 +78,17 @@ def _save(model: Any, result: Result, output: Path) -> None:
         os.replace(aside, output)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(f"{output} cannot be written: {error.strerror or error}", hint="free some space or choose another folder.") from error
+        raise CheckpointError(
+            f"{output} cannot be written: {error.strerror or error}", hint="free some space or choose another folder."
+        ) from error
 
 
 def _reload(folder: Path, device: torch.device) -> Any:
     """The saved folder as anybody would load it."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    return model.to(device).eval()
 
 
 def report(compared: Parity, output: Path, json: bool) -> None:

@@ -52,7 +52,7 @@ def facts(name: str) -> dict[str, Any]:
         "mergeable": cls.caps.mergeable,
         "quantized_base": cls.caps.quantized_base,
         "whole_model": cls.caps.whole_model,
-        "peft": cls.peft.peft_type if cls.peft else None,
+        "peft": cls.peft.peft_type if cls.peft and cls.peft.stock else None,
         "recommended": dict(cls.recommended),
         "options": options,
     }
@@ -65,7 +65,12 @@ def table(rows: list[dict[str, Any]]) -> Table:
         shown.add_column(title, overflow="fold")
     for row in rows:
         shown.add_row(
-            row["name"], row["summary"], "yes" if row["quantized_base"] else "no", "yes" if row["mergeable"] else "no", row["peft"] or "-", row["paper"]
+            row["name"],
+            row["summary"],
+            "yes" if row["quantized_base"] else "no",
+            "yes" if row["mergeable"] else "no",
+            row["peft"] or "-",
+            row["paper"],
         )
     return shown
 
@@ -76,7 +81,9 @@ def explain(found: dict[str, Any]) -> None:
     console.print(Text(found["name"], style="bold"), Text(f"  {found['summary']}"))
     console.print(f"\nsolves  {found['solves']}\ncosts   {found['costs']}\npaper   {found['paper']}", markup=False)
     if found["recommended"]:
-        console.print("sets    " + ", ".join(f"{k}: {v}" for k, v in found["recommended"].items()) + "  (where the recipe does not)", markup=False)
+        console.print(
+            "sets    " + ", ".join(f"{k}: {v}" for k, v in found["recommended"].items()) + "  (where the recipe does not)", markup=False
+        )
     if found["options"]:
         options = Table(title="options", title_justify="left")
         for title in ("option", "default", "meaning"):

@@ -65,9 +65,12 @@ def file_key(model: nn.Module, method: Method[Any], name: str) -> str:
     path, _, attribute = name.rpartition(".")
     owner = model.get_submodule(path)
     plain = _without_base(model, path)
+    if path.endswith(".base") and isinstance(model.get_submodule(path.removesuffix(".base")), AdapterLayer):
+        plain += ".base_layer"  # the base's own parameter, such as a trained bias
     keys = method.peft.keys if method.peft else {}
     suffix = keys.get(attribute, attribute) if isinstance(owner, AdapterLayer) else attribute
-    return f"{_PREFIX}{plain}.{suffix}" if plain else f"{_PREFIX}{suffix}"
+    prefix = method.peft.prefix if method.peft else _PREFIX
+    return f"{prefix}{plain}.{suffix}" if plain else f"{prefix}{suffix}"
 
 
 def _without_base(model: nn.Module, path: str) -> str:
@@ -81,7 +84,9 @@ def _without_base(model: nn.Module, path: str) -> str:
     return ".".join(parts)
 
 
-def save_adapter(folder: Path, model: nn.Module, method: Method[Any], *, base_model: str, revision: str | None, task_type: str = "CAUSAL_LM") -> list[Path]:
+def save_adapter(
+    folder: Path, model: nn.Module, method: Method[Any], *, base_model: str, revision: str | None, task_type: str = "CAUSAL_LM"
+) -> list[Path]:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (float32) into ``folder``; returns the two paths."""
     if method.peft is None:
         raise CheckpointError(f"{method.config.name} has no file format of PEFT's")
@@ -96,14 +101,18 @@ def save_adapter(folder: Path, model: nn.Module, method: Method[Any], *, base_mo
         "peft_version": PEFT_VERSION,
         **method.peft_config(model),
     }
+    if "tokenizer_name_or_path" in fields and fields.get("prompt_tuning_init_text") is not None:
+        fields["tokenizer_name_or_path"] = base_model
     if fields.get("modules_to_save"):
         # Whole names: PEFT takes every module whose name ends with the text, `input_layernorm` for `norm`.
         fields["modules_to_save"] = sorted(whole_modules(model, fields["modules_to_save"]))
     for key in ("rank_pattern", "alpha_pattern"):
-        if fields.get(key):
+        if fields.get(key) and hasattr(method.config, key):
             # In the order in which the options have them.
-            fields[key] = settled_pattern(getattr(method.config, key, fields[key]), adapter_layers(model))
-    tensors = {file_key(model, method, name): p.detach().to("cpu", torch.float32).contiguous() for name, p in trainable_state(model).items()}
+            ordered = {name: fields[key][name] for name in getattr(method.config, key)}
+            fields[key] = settled_pattern(ordered, adapter_layers(model))
+    ours = method.to_file(model, {name: p.detach().to("cpu", torch.float32) for name, p in trainable_state(model).items()})
+    tensors = {file_key(model, method, name): tensor.contiguous() for name, tensor in ours.items()}
     weights, config = folder / WEIGHTS, folder / CONFIG
     aside = weights.with_suffix(".partial")
     save_file(dict(sorted(tensors.items())), aside, metadata={"format": "pt"})
@@ -134,8 +143,9 @@ def read_adapter(folder: Path) -> AdapterFile:
         ids, layers = new_tokens(fields.get("trainable_token_indices"))
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{path} is not sound: {error}") from None
-    tensors = read_tensors(folder / WEIGHTS)
-    check_ranks(path, fields, tensors)
+    tensors = read_tensors(folder / WEIGHTS, empty=method.peft is not None and method.peft.empty)
+    if method.peft is None or method.peft.rank_is_size:
+        check_ranks(path, fields, tensors)
     return AdapterFile(folder, fields, tensors, method, ids, layers)
 
 
@@ -145,7 +155,9 @@ def _read_config(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} is larger than {_MAX_CONFIG} bytes; that is no adapter's config")
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} holds no adapter: there is no {path.name}", hint="name a run's folder or its adapter/ folder.") from None
+        raise CheckpointError(
+            f"{path.parent} holds no adapter: there is no {path.name}", hint="name a run's folder or its adapter/ folder."
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not isinstance(fields, dict):
@@ -153,8 +165,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     return fields
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, *, empty: bool = False) -> dict[str, Tensor]:
     """Tensors of a safetensors file whose header, dtypes and values are sound.
+
+    Args:
+        empty: tensors without elements are sound.
 
     Raises:
         CheckpointError: with what is wrong.
@@ -175,8 +190,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 continue
             if entry["dtype"] not in _DTYPES:
                 raise CheckpointError(f"{path}: {key} has dtype {entry['dtype']}; allowed: {', '.join(_DTYPES)}")
-            if math.prod(entry["shape"]) == 0:
-                raise CheckpointError(f"{path}: {key} is empty (shape {entry['shape']})", hint="weights of a sharded model were saved without being gathered.")
+            if math.prod(entry["shape"]) == 0 and not empty:
+                raise CheckpointError(
+                    f"{path}: {key} is empty (shape {entry['shape']})", hint="weights of a sharded model were saved without being gathered."
+                )
         tensors = load_file(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
@@ -197,7 +214,7 @@ def apply_adapter(model: nn.Module, adapter: AdapterFile, ctx: Context | None = 
     if adapter.new_token_ids and layers is None:
         embedding = cast(Any, model).get_input_embeddings()
         layers = tuple(name for name, module in model.named_modules() if module is embedding)
-    ctx = replace(ctx, new_token_ids=adapter.new_token_ids, new_token_layers=layers)
+    ctx = replace(ctx, new_token_ids=adapter.new_token_ids, new_token_layers=layers, from_file=True)
     try:
         method = as_peft_means(adapter.method, adapter.fields, model)
         applied = method.apply(model, ctx)
@@ -207,10 +224,18 @@ def apply_adapter(model: nn.Module, adapter: AdapterFile, ctx: Context | None = 
     return applied
 
 
+def as_parameters(model: nn.Module, method: Method[Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors, by its keys, in the shapes that the trainable parameters have."""
+    names = {file_key(model, method, name): name for name in method.file_targets(model)}
+    known = method.from_file(model, {names[key]: tensor for key, tensor in tensors.items() if key in names})
+    found = {file_key(model, method, name): tensor for name, tensor in known.items()}
+    return {key: tensor for key, tensor in tensors.items() if key not in names} | found
+
+
 def load_tensors(model: nn.Module, method: Method[Any], tensors: Mapping[str, Tensor], origin: Path) -> None:
     """Copy a file's tensors into the trainable parameters of ``model``; every key must be used, every parameter filled."""
-    wanted = {file_key(model, method, name): parameter for name, parameter in trainable_state(model).items()}
-    tensors = take_base_weights(model, wanted, tensors, _PREFIX, origin)
+    wanted = {file_key(model, method, name): target for name, target in method.file_targets(model).items()}
+    tensors = as_parameters(model, method, take_base_weights(model, wanted, tensors, _PREFIX, origin))
     missing, unexpected = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     if missing or unexpected:
         parts = [f"{len(keys)} {what} such as {keys[0]}" for keys, what in ((missing, "missing"), (unexpected, "not expected")) if keys]

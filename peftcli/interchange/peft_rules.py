@@ -34,15 +34,19 @@ def check_ranks(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, Ten
     """No rank may be larger than what the file holds: layers of that size are about to be allocated."""
     largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
     pattern = fields.get("rank_pattern")
-    ranks = [fields.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
+    ranks = [fields.get("r"), fields.get("init_r"), *(pattern.values() if isinstance(pattern, dict) else ())]
     too_large = [rank for rank in ranks if isinstance(rank, int) and rank > max(largest, 1)]
     if too_large:
         raise CheckpointError(f"{path} states the rank {too_large[0]}, but no tensor beside it has a side larger than {largest}")
+    count = fields.get("num_virtual_tokens")
+    if isinstance(count, int) and count > max(largest, 1):
+        raise CheckpointError(f"{path} states {count} virtual tokens, but no tensor beside it has a side larger than {largest}")
 
 
 def as_peft_means(method: Method[Any], fields: Mapping[str, Any], model: nn.Module) -> Method[Any]:
-    """``method``, made from the file's ``fields``, with its lists of modules read by PEFT's rules where those are looser than ours: names that fit
-    nothing are passed over, ``exclude_modules`` may be an expression, and ``modules_to_save`` names ends of any length."""
+    """``method``, made from the file's ``fields``, with its lists of modules read by PEFT's rules where those are looser
+    than ours: names that fit nothing are passed over, ``exclude_modules`` may be an expression, and ``modules_to_save``
+    names ends of any length."""
     names = [name for name, _ in model.named_modules() if name]
     options: Any = method.config
     update: dict[str, Any] = {}

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from peftcli.errors import UsageError
 
 NAME = "peftcli_packed"
 # A rectangle may be this much larger than its tokens before a new one is begun: a call costs about as much as that waste.
@@ -71,22 +74,55 @@ class Documents:
                     continue
             groups.append([index])
         self.rectangles: list[Rectangle] = []
-        inverse = torch.empty(self.total, dtype=torch.long)
+        # In numpy: under fake tensors (memory estimates) the numbers stay known.
+        inverse = np.empty(self.total, dtype=np.int64)
         offset = 0
         for group in groups:
             longest = self.lengths[group[0]]
-            gather = torch.zeros(len(group), longest, dtype=torch.long)
-            valid = torch.zeros(len(group), longest, dtype=torch.bool)
+            gather = np.zeros((len(group), longest), dtype=np.int64)
+            valid = np.zeros((len(group), longest), dtype=np.bool_)
             for row, index in enumerate(group):
                 start, length = starts[index], self.lengths[index]
-                gather[row, :length] = torch.arange(start, start + length)
+                gather[row, :length] = np.arange(start, start + length)
                 valid[row, :length] = True
-                inverse[start : start + length] = torch.arange(offset, offset + length)
+                inverse[start : start + length] = np.arange(offset, offset + length)
                 offset += longest
-            flat, slots = gather.reshape(-1), valid.reshape(-1).nonzero().squeeze(-1)
-            parts = [x.to(device) for x in (flat, slots, flat[slots])]
-            self.rectangles.append(Rectangle(len(group), longest, *parts, None if bool(valid.all()) else valid.to(device)))
-        self.inverse = inverse.to(device)
+            flat, slots = gather.reshape(-1), np.flatnonzero(valid)
+            parts = [torch.from_numpy(x).to(device) for x in (flat, slots, flat[slots])]
+            padded = None if valid.all() else torch.from_numpy(valid).to(device)
+            self.rectangles.append(Rectangle(len(group), longest, parts[0], parts[1], parts[2], padded))
+        self.inverse = torch.from_numpy(inverse).to(device)
+
+
+class Prefix:
+    """Keys and values that stand in front of every row, in each layer: every token sees them, they see nothing.
+
+    Args:
+        keys, values: [layers, key-value heads, n, width].
+
+    A model takes it as the keyword argument ``prefix_states``, which transformers hands through to each layer's attention;
+    ``used`` holds the layers that asked for theirs. Position numbers are the caller's: rows begin at n.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+        self.used: set[int] = set()
+
+    def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [key-value heads, n, width] of one layer, in the dtype of its keys ``like`` [..., heads, length, width].
+
+        Raises:
+            UsageError: the layer's heads have another shape.
+        """
+        heads, width = like.shape[-3], like.shape[-1]
+        if (self.keys.shape[1], self.keys.shape[3]) != (heads, width):
+            raise UsageError(
+                f"layer {index} of the model has {heads} key-value heads of width {width}, the prefix {self.keys.shape[1]} of "
+                f"{self.keys.shape[3]}; prefixes need layers of one shape",
+                hint="choose a method that does not depend on the heads, such as lora.",
+            )
+        self.used.add(index)
+        return self.keys[index].to(like.dtype), self.values[index].to(like.dtype)
 
 
 class _Gather(torch.autograd.Function):
@@ -126,7 +162,17 @@ class _Scatter(torch.autograd.Function):
         return out, None
 
 
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, documents: Documents, *, scaling: float, causal: bool = True, dropout: float = 0.0) -> Tensor:
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Documents,
+    *,
+    scaling: float,
+    causal: bool = True,
+    dropout: float = 0.0,
+    prefix: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Attention within each document.
 
     Args:
@@ -134,6 +180,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, documents: Docum
             when there are fewer).
         documents: where the documents lie; ``total`` tokens.
         scaling: of the scores.
+        prefix: keys and values [key-value heads, n, width] that every document sees in front of its own.
 
     Returns:
         [1, total, heads, width].
@@ -147,43 +194,84 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, documents: Docum
             parts = [x.unsqueeze(0).transpose(1, 2) for x in (q, k, v)]
         else:
             index = (rectangle.gather, rectangle.place, rectangle.slots)
-            parts = [_Gather.apply(x, *index).view(rows, longest, x.shape[1], x.shape[2]).transpose(1, 2) for x in (q, k, v)]
+            parts = [
+                _Gather.apply(x, *index).view(rows, longest, x.shape[1], x.shape[2]).transpose(1, 2)  # type: ignore[no-untyped-call]
+                for x in (q, k, v)
+            ]
         mask = None if causal or rectangle.valid is None else rectangle.valid[:, None, None, :]
-        if query.device.type == "cpu" and longest <= _SHORT.get(query.dtype, 0) and dropout == 0.0:
+        short = query.device.type == "cpu" and longest <= _SHORT.get(query.dtype, 0) and dropout == 0.0
+        extra = 0
+        if prefix is not None:
+            parts, mask, extra = _with_prefix(parts, mask, prefix, square=causal and not short)
+        if short:
             out = _short_attention(parts[0], parts[1], parts[2], mask, scaling, causal)
         else:
             out = F.scaled_dot_product_attention(
                 parts[0], parts[1], parts[2], attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=groups > 1
-            )
+            )[:, :, extra:]
         outputs.append(out.transpose(1, 2).reshape(rows * longest, heads, -1))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return _Scatter.apply(joined, documents.inverse).unsqueeze(0)
+    scattered: Tensor = _Scatter.apply(joined, documents.inverse)  # type: ignore[no-untyped-call]
+    return scattered.unsqueeze(0)
+
+
+def _with_prefix(
+    parts: Sequence[Tensor], mask: Tensor | None, prefix: tuple[Tensor, Tensor], *, square: bool
+) -> tuple[list[Tensor], Tensor | None, int]:
+    """Query, key and value [rows, heads, length, width] with the prefix's keys and values in front, and a mask (True: seen, or added to the
+    scores) that shows them.
+
+    Args:
+        square: put queries of zeros in front as well, as many as the last of the results says: a causal kernel then lets
+            every row's own queries see the whole prefix, without a mask. Their outputs are dropped, so they have no gradient.
+    """
+    query, key, value = parts
+    rows, count = key.shape[0], prefix[0].shape[-2]
+    key, value = (torch.cat([own.expand(rows, -1, -1, -1), x], dim=2) for own, x in zip(prefix, (key, value), strict=True))
+    if mask is not None:
+        seen = mask.new_ones if mask.dtype == torch.bool else mask.new_zeros
+        mask = torch.cat([seen(*mask.shape[:-1], count), mask], dim=-1)
+    if square:
+        query = torch.cat([query.new_zeros(rows, query.shape[1], count, query.shape[3]), query], dim=2)
+    return [query, key, value], mask, count if square else 0
 
 
 def _short_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, causal: bool) -> Tensor:
     """[rows, heads, longest, width] by plain products. On the CPU the fused kernel's backward pass costs more than these
     for short rows; query heads that share a key-value head are one taller matrix, so nothing is repeated."""
     rows, heads, longest, width = query.shape
-    shared = key.shape[1]
+    shared, keys = key.shape[1], key.shape[2]
     tall = query.reshape(rows, shared, heads // shared * longest, width)
-    scores = (tall @ key.transpose(-1, -2)).view(rows, heads, longest, longest)
+    scores = (tall @ key.transpose(-1, -2)).view(rows, heads, longest, keys)
     if causal:
-        hidden = torch.full((longest, longest), float("-inf"), dtype=scores.dtype, device=scores.device).triu_(1)
+        hidden = torch.full((longest, keys), float("-inf"), dtype=scores.dtype, device=scores.device).triu_(1 + keys - longest)
     elif mask is not None:
         hidden = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device).masked_fill_(~mask, float("-inf"))
     else:
         hidden = None
     scores = scores * scaling if hidden is None else torch.add(hidden, scores, alpha=scaling)
-    weights = scores.softmax(-1).view(rows, shared, heads // shared * longest, longest)
+    weights = scores.softmax(-1).view(rows, shared, heads // shared * longest, keys)
     return (weights @ value).view(rows, heads, longest, -1)
 
 
-def reference_attention(query: Tensor, key: Tensor, value: Tensor, documents: Documents, *, scaling: float, causal: bool = True) -> Tensor:
+def reference_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Documents,
+    *,
+    scaling: float,
+    causal: bool = True,
+    prefix: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """The same by a block-diagonal mask over the whole row; shapes as in :func:`packed_attention`."""
     owner = torch.repeat_interleave(torch.arange(len(documents.lengths)), torch.tensor(documents.lengths)).to(query.device)
     mask = owner[:, None] == owner[None, :]
     if causal:
         mask = mask & torch.ones_like(mask).tril()
+    if prefix is not None:
+        mask = torch.cat([mask.new_ones(mask.shape[0], prefix[0].shape[-2]), mask], dim=1)
+        key, value = (torch.cat([own[None], x], dim=2) for own, x in zip(prefix, (key, value), strict=True))
     repeat = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
     scores = (query @ key.transpose(-1, -2)) * scaling
@@ -203,19 +291,28 @@ def _forward(
 ) -> tuple[Tensor, None]:
     """What transformers calls as attention. Without ``documents`` (generation, padded batches) it is plain SDPA."""
     documents: Documents | None = kwargs.pop("documents", None)
+    states: Prefix | None = kwargs.pop("prefix_states", None)
+    prefix = None if states is None else states.layer(cast(Any, module).layer_idx, key)
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
     if documents is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)  # type: ignore[no-untyped-call, no-any-return]
+        extra = 0
+        if prefix is not None:
+            square = causal and attention_mask is None and query.shape[2] > 1
+            (query, key, value), attention_mask, extra = _with_prefix((query, key, value), attention_mask, prefix, square=square)
+        plain: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return plain[0][:, extra:], None
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise PackingUnsupportedError("the model's attention has a term that packed rows do not support")
     window = kwargs.get("sliding_window")
     if window is not None and max(documents.lengths) > window:
         raise PackingUnsupportedError(f"a row of {max(documents.lengths)} tokens is longer than the model's attention window of {window}")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    return packed_attention(query, key, value, documents, scaling=scale, causal=causal, dropout=dropout), None
+    return packed_attention(query, key, value, documents, scaling=scale, causal=causal, dropout=dropout, prefix=prefix), None
 
 
 class PackingUnsupportedError(Exception):

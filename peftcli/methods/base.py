@@ -8,11 +8,13 @@ only through this module.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from peftcli.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -80,12 +82,16 @@ class Context:
         new_token_ids: ids of tokens that the recipe added; their embeddings have to be trained and saved.
         frozen_quantized: the base's linear layers are quantized.
         new_token_layers: ends of the names of the layers whose rows are trained; ``None``: embedding and output layer.
+        encode: token ids of a text, by the model's tokenizer, where there is one.
+        from_file: an adapter's file is about to give all values, so initial ones do not matter.
     """
 
     seed: int = 42
     new_token_ids: tuple[int, ...] = ()
     frozen_quantized: bool = False
     new_token_layers: tuple[str, ...] | None = None
+    encode: Callable[[str], list[int]] | None = None
+    from_file: bool = False
 
     def generator(self, name: str) -> torch.Generator:
         """A CPU generator for the initial values of ``name``: the same on every device and in any order of creation."""
@@ -102,10 +108,18 @@ class PeftFormat:
     Attributes:
         peft_type: PEFT's name of the method, such as ``LORA``.
         keys: our parameter's name in an adapter layer -> its suffix in the file, such as ``lora_A`` -> ``lora_A.weight``.
+        empty: tensors without elements are sound (a layer whose rank was cut to zero).
+        rank_is_size: layers have a side as long as the rank that the file states, so none may be longer than its tensors.
+        stock: PEFT has the method; otherwise the type is ours, in the same two files.
+        prefix: of all keys.
     """
 
     peft_type: str
     keys: Mapping[str, str] = field(default_factory=dict)
+    empty: bool = False
+    rank_is_size: bool = True
+    stock: bool = True
+    prefix: str = "base_model.model."
 
 
 class Method(Generic[C]):
@@ -184,6 +198,44 @@ class Method(Generic[C]):
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of :meth:`state`."""
+
+    def to_file(self, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the adapter's file holds, by parameter name.
+
+        Args:
+            tensors: the trainable parameters by name, float32 copies on the CPU; the file may need other shapes.
+        """
+        return tensors
+
+    def from_file(self, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of :meth:`to_file`: values of the trainable parameters from what a file holds, by name.
+
+        Raises:
+            CheckpointError: the tensors cannot be those of this model.
+        """
+        return tensors
+
+    def file_targets(self, model: nn.Module) -> dict[str, Tensor]:
+        """The tensors of ``model`` that a file's values are copied into, by name: the trainable parameters, unless the file
+        holds something made from them."""
+        return {name: parameter for name, parameter in sorted(model.named_parameters()) if parameter.requires_grad}
+
+    def positions_taken(self) -> int:
+        """How many of the model's positions the method takes from each row."""
+        return 0
+
+    def row_limit(self, positions: int | None) -> int | None:
+        """The longest row in tokens, in a model of so many ``positions`` (``None``: no limit).
+
+        Raises:
+            UsageError: nothing is left.
+        """
+        left = None if positions is None else positions - self.positions_taken()
+        if left is not None and left < 2:
+            raise UsageError(
+                f"method.{self.config.name}: takes {self.positions_taken()} of the model's {positions} positions; nothing is left"
+            )
+        return left
 
     def peft_config(self, model: nn.Module) -> dict[str, Any]:
         """The method's own fields of PEFT's ``adapter_config.json``."""

@@ -23,7 +23,10 @@ class Full(Select[FullConfig]):
     paper = "https://arxiv.org/abs/1810.04805"
     summary = "All weights move; the result is a complete model."
     solves = "Reuses pre-training instead of starting from nothing, with the greatest capacity of all."
-    costs = "Memory for the gradients and optimizer state of every weight, a whole copy of the model for each task; forgets, and overfits small data."
+    costs = (
+        "Memory for the gradients and optimizer state of every weight, a whole copy of the model for each task; "
+        "forgets, and overfits small data."
+    )
     caps = Caps(mergeable=True, quantized_base=False, identity_at_init=True, whole_model=True)
     recommended = {"train.learning_rate": 2e-5}
 

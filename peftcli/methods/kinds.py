@@ -95,6 +95,8 @@ class NewTokens(AdapterLayer):
     values that a later resize puts into the base do not matter.
     """
 
+    ids: Tensor
+
     def __init__(self, base: nn.Module, ids: Sequence[int], shared: NewTokens | None = None) -> None:
         super().__init__(base)
         weight = cast(Tensor, base.weight)
@@ -105,7 +107,7 @@ class NewTokens(AdapterLayer):
             self.trainable_tokens_delta = shared.trainable_tokens_delta
 
     def forward(self, x: Tensor) -> Tensor:
-        ids = cast(Tensor, self.ids)
+        ids = self.ids
         result = cast(Tensor, self.base(x))
         rows = self.trainable_tokens_delta.to(result.dtype)
         if isinstance(self.base, nn.Embedding):
@@ -122,7 +124,7 @@ class NewTokens(AdapterLayer):
         return result.index_copy(-1, ids, new.to(result.dtype))
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight.index_copy(0, cast(Tensor, self.ids), self.trainable_tokens_delta.to(weight)), bias
+        return weight.index_copy(0, self.ids, self.trainable_tokens_delta.to(weight)), bias
 
 
 def train_new_tokens(model: Any, ctx: Context, whole: Collection[str] = ()) -> None:
@@ -154,8 +156,26 @@ def train_new_tokens(model: Any, ctx: Context, whole: Collection[str] = ()) -> N
             targets.replace(model, name, rows)
 
 
+class Wrapper(nn.Module):
+    """Holds a whole model as ``base`` and adds to what goes into it. Every parameter outside ``base`` is the method's own; every
+    attribute that is not the wrapper's is the base's (its config, its dtype, its embeddings)."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":
+                raise
+            return getattr(self.base, name)
+
+
 class Select(Method[C]):
-    """Methods that train a choice of the base's own parameters."""
+    """Methods that train a choice of the base's own parameters. Where the result is no whole model, its file holds the
+    parameters that moved."""
 
     def trainable(self, name: str) -> bool:
         """Whether the parameter called ``name`` moves."""
@@ -163,9 +183,13 @@ class Select(Method[C]):
 
     def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
         freeze(model)
-        for name, parameter in model.named_parameters():
-            if self.trainable(name):
-                unfreeze(parameter)
+        chosen = [parameter for name, parameter in model.named_parameters() if self.trainable(name)]
+        if not all(parameter.is_floating_point() for parameter in chosen):
+            raise UsageError(f"{self.config.name} chooses weights that are quantized, and quantized weights cannot be trained")
+        ids = {id(parameter) for parameter in chosen}
+        train_new_tokens(model, ctx, [name for name, module in model.named_modules() if id(getattr(module, "weight", None)) in ids])
+        for parameter in chosen:
+            unfreeze(parameter)
         return model
 
 
@@ -196,9 +220,9 @@ class LayerMethod(Method[C]):
         train_new_tokens(model, ctx, whole)
         for name in names:
             base = model.get_submodule(name)
-            if not isinstance(base, NewTokens) and hasattr(base, "weight"):
+            if not isinstance(base, NewTokens):
                 layer = self.make_layer(name, base, ctx)
-                device = cast(Tensor, base.weight).device
+                device = next(base.parameters()).device
                 for own in layer.parameters(recurse=False):
                     if own.device != device:
                         own.data = own.data.to(device)
@@ -220,8 +244,8 @@ class LayerMethod(Method[C]):
         return model
 
 
-def whole_modules(model: nn.Module, wanted: Sequence[str]) -> list[str]:
-    """Dotted names of the modules that ``modules_to_save`` names by their ends.
+def whole_modules(model: nn.Module, wanted: Sequence[str], option: str = "modules_to_save") -> list[str]:
+    """Dotted names of the modules that ``modules_to_save``, or another option, names by their ends.
 
     Raises:
         UsageError: a name fits no module.
@@ -232,7 +256,7 @@ def whole_modules(model: nn.Module, wanted: Sequence[str]) -> list[str]:
         names = [name for name in modules if name and (name == end or name.endswith(f".{end}"))]
         if not names:
             near = nearest(end, {name.rpartition(".")[2] for name in modules})
-            raise UsageError(f"method.modules_to_save: no module is called {end!r}", hint=f"did you mean {near!r}?" if near else None)
+            raise UsageError(f"method.{option}: no module is called {end!r}", hint=f"did you mean {near!r}?" if near else None)
         found += names
     return found
 
@@ -250,7 +274,13 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
 def trains_base_weights(model: nn.Module) -> bool:
     """Whether a parameter outside an adapter layer moves: its products then need autocast when computing in bfloat16."""
     owned = {id(p) for layer in adapter_layers(model).values() for p in layer.parameters(recurse=False)}
-    return any(p.requires_grad and id(p) not in owned for p in model.parameters())
+    base = model.base if isinstance(model, Wrapper) else model
+    return any(p.requires_grad and id(p) not in owned for p in base.parameters())
+
+
+def mixes_precision(model: nn.Module) -> bool:
+    """Whether base weights that were trained, in float32, meet bfloat16 ones."""
+    return trains_base_weights(model) and {p.dtype for p in model.parameters()} >= {torch.float32, torch.bfloat16}
 
 
 __all__ = [
@@ -259,9 +289,11 @@ __all__ = [
     "MethodConfig",
     "NewTokens",
     "Select",
+    "Wrapper",
     "adapter_layers",
     "features",
     "freeze",
+    "mixes_precision",
     "train_new_tokens",
     "trainable_state",
     "trains_base_weights",

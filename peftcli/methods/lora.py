@@ -1,176 +1,212 @@
 """LoRA: a frozen weight plus a trained product of two thin matrices, ``W + (alpha / r) B A``
-(Hu et al., https://arxiv.org/abs/2106.09685); rsLoRA scales by ``alpha / sqrt(r)`` (https://arxiv.org/abs/2312.03732).
+(Hu et al., https://arxiv.org/abs/2106.09685), and its variants as options: rsLoRA scales by ``alpha / sqrt(r)``
+(https://arxiv.org/abs/2312.03732), DoRA trains the rows' lengths as well (https://arxiv.org/abs/2402.09353), LoRA+ lets B learn
+faster than A (https://arxiv.org/abs/2402.12354), PiSSA and OLoRA start from the weight's own directions
+(https://arxiv.org/abs/2404.02948, https://arxiv.org/abs/2406.01775).
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-import torch
-import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from peftcli.errors import CheckpointError
+from peftcli.errors import UsageError
 from peftcli.methods.base import Caps, Context, MethodConfig, PeftFormat
-from peftcli.methods.kinds import AdapterLayer, LayerMethod, NewTokens, adapter_layers, features
+from peftcli.methods.fields import from_pattern, module_fields, module_options, refuse, whole_number
+from peftcli.methods.kinds import AdapterLayer, LayerMethod, adapter_layers, unfreeze
+from peftcli.methods.lora_init import set_start
+from peftcli.methods.lora_layers import DoraLayer, LoraEmbedding, LoraLayer, LowRankLayer, ShiftedLoraLayer
 
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
 class LoraConfig(MethodConfig):
+    """Options of LoRA."""
+
     name: Literal["lora"] = Field("lora", description="`lora`")
     rank: int = Field(16, ge=1, le=16384, description="Width r of the two thin matrices.")
     alpha: float = Field(32.0, gt=0.0, description="The update is scaled by alpha / rank.")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout on the input of the adapter.")
-    target_modules: str | list[str] = Field("all-linear", description="Modules that get an adapter: `all-linear` (all but the output layer), a list of names, or a regular expression for the whole dotted name.")
+    target_modules: str | list[str] = Field(
+        "all-linear",
+        description="Modules that get an adapter: `all-linear` (all but the output layer), a list of names, "
+        "or a regular expression for the whole dotted name.",
+    )
     exclude_modules: list[str] = Field([], description="Names taken out of the targets.")
+    layers_to_transform: list[Annotated[int, Field(ge=0)]] = Field([], description="Only the targets in the blocks of these numbers.")
+    adapt_embeddings: bool = Field(False, description="Allow target_modules to name embeddings; their adapter is r numbers for each token.")
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead: steadier at high ranks.")
+    use_dora: bool = Field(False, description="DoRA: train the length of every row of the weight too; slower, better at low ranks.")
+    loraplus_lr_ratio: float | None = Field(None, gt=0.0, description="LoRA+: B learns this many times faster than A; the paper takes 16.")
+    init_lora_weights: str = Field(
+        "default",
+        pattern=r"^(default|gaussian|olora|pissa|pissa_niter_[1-9]\d?)$",
+        description="Initial values: `default` (A uniform, B zero), `gaussian`, `pissa` (the weight's principal directions; "
+        "`pissa_niter_16` finds them approximately, in a fraction of the time) or `olora` (its QR decomposition).",
+    )
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="Biases that are trained too: of all layers, or of the adapted.")
     rank_pattern: dict[str, PositiveInt] = Field({}, description="Another rank for modules whose name ends with, or matches, the key.")
     alpha_pattern: dict[str, Annotated[float, Field(gt=0.0)]] = Field({}, description="Another alpha, likewise.")
     modules_to_save: list[str] = Field([], description="Modules that are trained and saved whole beside the adapter, such as `lm_head`.")
 
-
-class LoraLayer(AdapterLayer):
-    """``base(x) + scaling * B(A(dropout(x)))``.
-
-    Args:
-        base: a linear layer, in -> out.
-        rank, scaling, dropout: of this layer.
-        generator: for the initial values.
-
-    Parameters ``lora_A`` [rank, in] and ``lora_B`` [out, rank] are float32. B starts at zero, so the layer starts as the
-    base; A starts as torch initialises a linear layer (Kaiming uniform, a = sqrt 5), which is PEFT's choice too.
-    """
-
-    def __init__(self, base: nn.Module, rank: int, scaling: float, dropout: float, generator: torch.Generator) -> None:
-        super().__init__(base)
-        width_in, width_out = features(base)
-        bound = 1.0 / math.sqrt(width_in)
-        self.lora_A = nn.Parameter(torch.empty(rank, width_in).uniform_(-bound, bound, generator=generator))
-        self.lora_B = nn.Parameter(torch.zeros(width_out, rank))
-        self.rank = rank
-        self.scaling = scaling
-        self.dropout = nn.Dropout(dropout) if dropout > 0.0 else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.base(x)
-        narrow, wide = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        if x.dtype in (torch.float32, torch.float64) or result.dtype != x.dtype:
-            # PEFT's order of operations: in float32 the two agree to the last bit.
-            return result + F.linear(F.linear(self.dropout(x), narrow), wide) * self.scaling
-        # Half precision: scale the thin tensor, and one product that adds onto the base's output.
-        low = F.linear(self.dropout(x), narrow) * self.scaling
-        return torch.addmm(result.flatten(0, -2), low.flatten(0, -2), wide.t()).view(result.shape)
-
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + (self.lora_B.to(weight) @ self.lora_A.to(weight)) * self.scaling, bias
-
-    def extra_repr(self) -> str:
-        return f"rank={self.rank}, scaling={self.scaling:g}"
-
-
-def _from_pattern(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
-    """PEFT's rule: a key is a regular expression for the end of the dotted name."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return default
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.use_dora and self.init_lora_weights not in ("default", "gaussian"):
+            raise ValueError(f"use_dora and init_lora_weights {self.init_lora_weights} cannot be combined; choose one of the two")
+        return self
 
 
 class Lora(LayerMethod[LoraConfig]):
     """Low-rank adapters beside frozen linear layers."""
 
-    Config = LoraConfig
+    Config: ClassVar[type[MethodConfig]] = LoraConfig
     paper = "https://arxiv.org/abs/2106.09685"
     summary = "A low-rank update beside each frozen linear layer; merges without a trace."
     solves = "Trains less than 1 % of the weights; small files, swappable, mergeable (no latency), overfits less."
     costs = "One fixed rank everywhere; below full fine-tuning on hard, large tasks; needs a capable base."
     caps = Caps(mergeable=True, quantized_base=True, identity_at_init=True)
-    peft = PeftFormat("LORA", {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "trainable_tokens_delta": "token_adapter.trainable_tokens_delta"})
+    peft = PeftFormat(
+        "LORA", {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "trainable_tokens_delta": "token_adapter.trainable_tokens_delta"}
+    )
+    # The layer where the options ask for no other.
+    plain: ClassVar[type[LoraLayer]] = LoraLayer
+
+    def target_names(self, model: nn.Module) -> list[str]:
+        names, wanted = super().target_names(model), self.config.layers_to_transform
+        if not wanted:
+            return names
+        numbers = {name: next((int(part) for part in reversed(name.split(".")) if part.isdigit()), None) for name in names}
+        absent = sorted(set(wanted) - {number for number in numbers.values() if number is not None})
+        if absent:
+            there = sorted({number for number in numbers.values() if number is not None})
+            raise UsageError(f"method.layers_to_transform: no target lies in block {absent[0]}; blocks with targets: {there}")
+        return [name for name in names if numbers[name] in wanted]
+
+    def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
+        model = super().apply(model, ctx)
+        self.layers = {name: layer for name, layer in adapter_layers(model).items() if isinstance(layer, LoraLayer)}
+        if self.config.bias != "none":
+            self._train_biases(model, ctx)
+        return model
+
+    def _train_biases(self, model: nn.Module, ctx: Context) -> None:
+        if ctx.frozen_quantized:
+            raise UsageError(
+                "method.bias: quantized layers compute with biases in their own dtype, in which small steps are lost",
+                hint="remove method.bias, or base_model.quantization.",
+            )
+        ours = [f"{name}.base.bias" for name in self.layers]
+        names = [n for n, _ in model.named_parameters() if n.endswith("bias") and (self.config.bias == "all" or n in ours)]
+        if not names:
+            raise UsageError(f"method.bias: the {'model has' if self.config.bias == 'all' else 'adapted layers have'} no biases")
+        for name in names:
+            unfreeze(model.get_parameter(name))
 
     def make_layer(self, name: str, base: nn.Module, ctx: Context) -> AdapterLayer:
         options = self.config
-        rank = _from_pattern(options.rank_pattern, name, options.rank)
-        alpha = _from_pattern(options.alpha_pattern, name, options.alpha)
+        rank = from_pattern(options.rank_pattern, name, options.rank)
+        alpha = from_pattern(options.alpha_pattern, name, options.alpha)
         scaling = alpha / math.sqrt(rank) if options.use_rslora else alpha / rank
-        return LoraLayer(base, rank, scaling, options.dropout, ctx.generator(name))
+        generator = ctx.generator(name)
+        if isinstance(base, nn.Embedding) and options.adapt_embeddings:
+            return LoraEmbedding(base, rank, scaling, generator)
+        kind = DoraLayer if options.use_dora else self.plain
+        if options.init_lora_weights not in ("default", "gaussian"):
+            kind = ShiftedLoraLayer
+        layer = kind(base, rank, scaling, options.dropout, generator)
+        set_start(layer, options.init_lora_weights, name, generator)
+        return layer
+
+    def param_groups(self, model: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+        groups, ratio = super().param_groups(model, learning_rate, weight_decay), self.config.loraplus_lr_ratio
+        if ratio is None:
+            return groups
+        wide = {id(layer.lora_B) for layer in self.layers.values()}
+        halves = [
+            {**group, "params": [p for p in group["params"] if (id(p) in wide) is fast], "lr": group["lr"] * (ratio if fast else 1.0)}
+            for group in groups
+            for fast in (False, True)
+        ]
+        return [group for group in halves if group["params"]]
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"{name}.{key}": tensor.cpu() for name, layer in self.layers.items() for key, tensor in layer.named_buffers(recurse=False)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        for key, tensor in state.items():
+            name, _, buffer = key.rpartition(".")
+            layer = self.layers[name]
+            layer.register_buffer(buffer, tensor.to(layer.lora_A.device, copy=True), persistent=False)
+
+    def to_file(self, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return _each_pair(model, tensors, LoraLayer.to_file.__name__)
+
+    def from_file(self, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return _each_pair(model, tensors, LoraLayer.from_file.__name__)
 
     def peft_config(self, model: nn.Module) -> dict[str, Any]:
         options = self.config
-        layers = adapter_layers(model)
-        tokens = {name: [int(i) for i in layer.ids] for name, layer in layers.items() if isinstance(layer, NewTokens) and _owns(model, name, layer)}
-        adapted = [name for name, layer in layers.items() if isinstance(layer, LoraLayer)]
+        layers = {name: layer for name, layer in adapter_layers(model).items() if isinstance(layer, LowRankLayer)}
+        # Layers that started away from zero are written with twice the rank; the scaling stays what it is.
+        times = max((len(layer.factors()[0]) // layer.rank for layer in layers.values() if isinstance(layer, LoraLayer)), default=1)
+        alphas = math.sqrt(times) if options.use_rslora else times
         return {
-            "r": options.rank,
-            "lora_alpha": _whole(options.alpha),
+            "trainable_token_indices": None,
+            **module_fields(model, LowRankLayer, options),
+            "r": options.rank * times,
+            "lora_alpha": whole_number(options.alpha * alphas),
             "lora_dropout": options.dropout,
-            "target_modules": _short_names(model, adapted),
-            "exclude_modules": None,
             "use_rslora": options.use_rslora,
-            "rank_pattern": dict(sorted(options.rank_pattern.items())),
-            "alpha_pattern": {key: _whole(value) for key, value in sorted(options.alpha_pattern.items())},
-            "modules_to_save": options.modules_to_save or None,
-            "trainable_token_indices": tokens or None,
-            "fan_in_fan_out": any(type(layers[name].base).__name__ == "Conv1D" for name in adapted),
-            "bias": "none",
+            "rank_pattern": {key: value * times for key, value in sorted(options.rank_pattern.items())},
+            "alpha_pattern": {key: whole_number(value * alphas) for key, value in sorted(options.alpha_pattern.items())},
+            "fan_in_fan_out": any(type(layer.base).__name__ == "Conv1D" for layer in layers.values()),
+            "bias": options.bias,
             "init_lora_weights": True,
-            "use_dora": False,
+            "use_dora": options.use_dora,
         }
 
     @classmethod
     def from_peft(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
-        unsupported = {
-            "use_dora": (False, None),
-            "bias": ("none", None),
-            "lora_bias": (False, None),
-            "megatron_config": (None,),
-            "layer_replication": (None, []),
-            "target_parameters": (None, []),
-            "alora_invocation_tokens": (None, []),
-            "use_qalora": (False, None),
-            "arrow_config": (None,),
-        }
-        asked = [f"{key}={fields[key]!r}" for key, fine in unsupported.items() if key in fields and fields[key] not in fine]
-        if asked:
-            raise CheckpointError(f"the adapter uses {', '.join(asked)}, which this version does not compute")
-        targets = fields.get("target_modules")
-        layers = fields.get("layers_to_transform")
-        if isinstance(targets, list) and layers is not None:
-            wanted = [layers] if isinstance(layers, int) else layers
-            ends = "|".join(re.escape(name) for name in sorted(targets))
-            targets = rf"(.*\.)?({'|'.join(str(i) for i in wanted)})\.(.*\.)?({ends})"
+        refuse(
+            fields,
+            {
+                "bias": ("none", "all", "lora_only", None),
+                "lora_bias": (False, None),
+                "megatron_config": (None,),
+                "layer_replication": (None, []),
+                "target_parameters": (None, []),
+                "alora_invocation_tokens": (None, []),
+                "use_qalora": (False, None),
+                "arrow_config": (None,),
+            },
+        )
+        start = fields.get("init_lora_weights", True)
+        if isinstance(start, str) and start.split("_")[0] in ("corda", "loftq", "lora"):
+            # PEFT takes these out of the base once more when it loads the file; only it has what that needs.
+            refuse(fields, {"init_lora_weights": ()})
         return {
             "rank": fields.get("r", 8),
             "alpha": fields.get("lora_alpha", 8),
             "dropout": fields.get("lora_dropout", 0.0),
-            "target_modules": sorted(targets) if isinstance(targets, list) else targets,
-            "exclude_modules": sorted(fields.get("exclude_modules") or []),
+            **module_options(fields),
+            "adapt_embeddings": True,
             "use_rslora": fields.get("use_rslora", False),
+            "use_dora": fields.get("use_dora") or False,
+            "bias": fields.get("bias") or "none",
+            "init_lora_weights": start if isinstance(start, str) and start.startswith(("pissa", "olora")) else "default",
             "rank_pattern": fields.get("rank_pattern") or {},
             "alpha_pattern": fields.get("alpha_pattern") or {},
-            "modules_to_save": fields.get("modules_to_save") or [],
         }
 
 
-def _whole(value: float) -> int | float:
-    """Whole numbers as PEFT writes them: 32, not 32.0."""
-    return int(value) if float(value).is_integer() else value
-
-
-def _owns(model: nn.Module, name: str, layer: NewTokens) -> bool:
-    """Whether ``layer`` is the one whose rows are saved (a tied output layer shares the embedding's)."""
-    return any(f"{name}.trainable_tokens_delta" == n for n, _ in model.named_parameters())
-
-
-def _short_names(model: nn.Module, adapted: list[str]) -> list[str]:
-    """The shortest list of name endings that means exactly the adapted modules, sorted (PEFT writes a set, whose order
-    changes between runs)."""
-    leaves = sorted({name.rpartition(".")[2] for name in adapted})
-    chosen = set(adapted)
-    names = [name.replace(".base", "") if name.endswith(".base") else name for name, _ in model.named_modules()]
-    meant = {name for name in names if any(name == leaf or name.endswith(f".{leaf}") for leaf in leaves)}
-    return leaves if meant == chosen else sorted(adapted)
+def _each_pair(model: nn.Module, tensors: dict[str, Tensor], direction: str) -> dict[str, Tensor]:
+    result = dict(tensors)
+    for name, layer in adapter_layers(model).items():
+        keys = f"{name}.lora_A", f"{name}.lora_B"
+        if isinstance(layer, LoraLayer) and all(key in tensors for key in keys):
+            result |= zip(keys, getattr(layer, direction)(*(tensors[key] for key in keys)), strict=True)
+    return result

@@ -15,8 +15,20 @@ if TYPE_CHECKING:
 
 _METHODS: dict[str, str] = {
     "full": "peftcli.methods.full:Full",
+    "head_only": "peftcli.methods.head_only:HeadOnly",
+    "freeze": "peftcli.methods.freeze:Freeze",
+    "bitfit": "peftcli.methods.bitfit:BitFit",
+    "adapter": "peftcli.methods.adapter:Adapter",
+    "prefix_tuning": "peftcli.methods.prefix_tuning:PrefixTuning",
+    "p_tuning": "peftcli.methods.p_tuning:PTuning",
+    "prompt_tuning": "peftcli.methods.prompt_tuning:PromptTuning",
     "lora": "peftcli.methods.lora:Lora",
     "qlora": "peftcli.methods.qlora:QLora",
+    "ia3": "peftcli.methods.ia3:Ia3",
+    "loha": "peftcli.methods.loha:Loha",
+    "lokr": "peftcli.methods.lokr:Lokr",
+    "adalora": "peftcli.methods.adalora:AdaLora",
+    "delta_lora": "peftcli.methods.delta_lora:DeltaLora",
 }
 
 

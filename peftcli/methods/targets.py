@@ -43,7 +43,9 @@ def match(model: nn.Module, target_modules: str | Sequence[str], exclude_modules
     Raises:
         UsageError: a name or expression that matches no linear or embedding layer; lists the nearest names.
     """
-    candidates = {name: module for name, module in model.named_modules() if name and (is_linear(module) or isinstance(module, nn.Embedding))}
+    candidates = {
+        name: module for name, module in model.named_modules() if name and (is_linear(module) or isinstance(module, nn.Embedding))
+    }
     if target_modules == ALL_LINEAR:
         head = output_layer_name(model)
         chosen = {name for name, module in candidates.items() if is_linear(module) and name != head}
@@ -112,3 +114,15 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put ``module`` in the place of the submodule called ``name``."""
     parent, leaf = parent_and_leaf(model, name)
     setattr(parent, leaf, module)
+
+
+def stacks(model: nn.Module) -> list[list[str]]:
+    """Dotted names of the transformer's layers, in order, for each of its stacks (an encoder-decoder has two): the outermost
+    lists of modules of one class that hold linear layers."""
+    found: list[tuple[str, list[str]]] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer, _ in found):
+            continue
+        if len({type(layer) for layer in module}) == 1 and any(is_linear(inner) for inner in module.modules()):
+            found.append((name, [f"{name}.{index}" for index in range(len(module))]))
+    return [names for _, names in found]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+import contextlib
+import io
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +45,11 @@ class Base:
     revision: str | None
     new_token_ids: tuple[int, ...]
     parameters: int
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the special tokens that the tokenizer puts around one."""
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        return ids
 
     @property
     def max_positions(self) -> int | None:
@@ -129,25 +135,21 @@ def _load_model(source: Source, revision: str | None, dtype: torch.dtype, task: 
     if source.gguf_file is not None and hasattr(transformers, "GgufConfig"):
         # Newer versions leave GGUF weights in their blocks; training, quantizing and merging need them dense.
         extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    shout = logging.getLogger("transformers")
-    level = shout.level
-    shout.setLevel(logging.ERROR)
     try:
-        model, info = auto.from_pretrained(
-            source.location,
-            gguf_file=source.gguf_file,
-            revision=revision or "main",
-            dtype=dtype,
-            attn_implementation=attention.register() if task == "causal_lm" else None,
-            use_safetensors=None if source.gguf_file else True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **extra,
-        )
+        with _quiet(source):
+            model, info = auto.from_pretrained(
+                source.location,
+                gguf_file=source.gguf_file,
+                revision=revision or "main",
+                dtype=dtype,
+                attn_implementation=attention.register() if task == "causal_lm" else None,
+                use_safetensors=None if source.gguf_file else True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                **extra,
+            )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise _load_error(source, "model", error) from error
-    finally:
-        shout.setLevel(level)
     missing = sorted(info["missing_keys"])
     if missing and task == "causal_lm":
         raise ModelError(
@@ -160,6 +162,25 @@ def _load_model(source: Source, revision: str | None, dtype: torch.dtype, task: 
     if source.gguf_file is not None:
         forget_gguf(model)
     return model, getattr(model.config, "_commit_hash", None)
+
+
+@contextlib.contextmanager
+def _quiet(source: Source) -> Iterator[None]:
+    """Load without the library's remarks and bars: a run has its own display. Downloads keep theirs."""
+    from transformers.utils import logging as shouting
+
+    level, bars = shouting.get_verbosity(), shouting.is_progress_bar_enabled()
+    shouting.set_verbosity_error()
+    shouting.disable_progress_bar()
+    # The bar of GGUF files knows no switch.
+    silence = contextlib.redirect_stderr(io.StringIO()) if source.gguf_file else contextlib.nullcontext()
+    try:
+        with silence:
+            yield
+    finally:
+        shouting.set_verbosity(level)
+        if bars:
+            shouting.enable_progress_bar()
 
 
 def forget_gguf(model: Any) -> None:
@@ -188,19 +209,42 @@ def _add_tokens(model: Any, tokenizer: Any, tokens: Sequence[str]) -> tuple[int,
 
 
 def quantize(model: Any, kind: str, *, double: bool, compute_dtype: torch.dtype, device: torch.device) -> None:
-    """Put quantized twins in the place of all linear layers but the output layer, one by one on ``device``."""
+    """Put quantized twins in the place of all linear layers but the output layer, one by one on ``device``.
+
+    Raises:
+        ModelError: the model has no linear layers to quantize.
+    """
     head = output_layer_name(model)
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and name != head:
-            module.to(device)
-            replace(model, name, quantization.quantize_linear(module, kind, double=double, compute_dtype=compute_dtype))
+    names = [name for name, module in model.named_modules() if name != head and (type(module) is nn.Linear or _is_conv1d(module))]
+    if not names:
+        raise ModelError(f"base_model.quantization: {type(model).__name__} has no linear layers that {kind} could store")
+    for name in names:
+        module = model.get_submodule(name)
+        linear = _as_linear(module) if _is_conv1d(module) else module
+        replace(model, name, quantization.quantize_linear(linear.to(device), kind, double=double, compute_dtype=compute_dtype))
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"
+
+
+def _as_linear(module: Any) -> nn.Linear:
+    """GPT-2's Conv1D (weight [in, out]) as the linear layer that it is."""
+    rows, columns = module.weight.shape
+    linear = nn.Linear(rows, columns, device="meta")
+    linear.weight, linear.bias = nn.Parameter(module.weight.data.t().contiguous()), module.bias
+    linear.train(module.training)
+    return linear
 
 
 def _load_error(source: Source, what: str, error: Exception) -> ModelError:
     text = str(error).strip().splitlines()
     first = text[0] if text else type(error).__name__
     if not source.is_local:
-        hint = "check the id and the revision, that the machine reaches the model hub (HF_HUB_OFFLINE, HF_ENDPOINT), and HF_TOKEN for gated models."
+        hint = (
+            "check the id and the revision, that the machine reaches the model hub (HF_HUB_OFFLINE, HF_ENDPOINT), "
+            "and HF_TOKEN for gated models."
+        )
     elif source.gguf_file is not None:
         hint = "GGUF files need the `gguf` package and an architecture that transformers can read."
     else:

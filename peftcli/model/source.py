@@ -132,7 +132,8 @@ def _in_folder(name: str, folder: Path) -> Source:
     if (folder / "config.json").is_file():
         return Source(name, str(folder), None, True)
     ggufs = sorted(folder.rglob("*.gguf"))
-    configs = sorted(p.parent for p in folder.rglob("config.json"))
+    # Other parts of a package (pooling layers, say) have a config.json too; a model has weights beside it.
+    configs = sorted(p.parent for p in folder.rglob("config.json") if any(p.parent.glob("*.safetensors")))
     if len(ggufs) == 1 and not configs:
         return Source(name, str(ggufs[0].parent), ggufs[0].name, True)
     if len(configs) == 1 and not ggufs:

@@ -49,10 +49,19 @@ class CausalLM(nn.Module):
         return whole.flatten(0, 1).index_select(0, batch.positions)
 
 
-def supports_packing(model: nn.Module, vocabulary: int) -> bool:
+def supports_packing(model: Any, vocabulary: int, longest: int | None = None) -> bool:
     """Whether rows laid end to end stay apart in this model, found by trying: the second row's logits must be those that
-    it has alone, and the first row must not matter to them at all."""
+    it has alone, and the first row must not matter to them at all.
+
+    Args:
+        longest: tokens of the longest row; rows longer than a sliding attention window cannot be packed.
+    """
     import numpy as np
+
+    config = getattr(model, "config", None)
+    window = getattr(config.get_text_config(), "sliding_window", None) if config is not None else None
+    if window and (longest is None or longest > window):
+        return False
 
     task = CausalLM(model)
     device = next(model.parameters()).device

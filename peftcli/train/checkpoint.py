@@ -153,7 +153,8 @@ def _writing(aside: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(
-            f"the checkpoint {aside.name.removeprefix('.').removesuffix('.partial')} cannot be written: {getattr(error, 'strerror', None) or error}",
+            f"the checkpoint {aside.name.removeprefix('.').removesuffix('.partial')} cannot be written: "
+            f"{getattr(error, 'strerror', None) or error}",
             hint=f"free some space or choose another output_dir; the checkpoints before it in {aside.parent} are whole.",
         ) from error
 

@@ -10,7 +10,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Loop:
     Attributes:
         module: the prepared task module; ``model``: the unwrapped model inside it.
         evaluate: returns the held-out metrics of the model as it is (``loss``, ``perplexity``, ``token_accuracy``), or ``None``.
+        progress: where the run stands, also after it failed. ``resumed_from``: name of the checkpoint that it went on from.
         identity: what a resumed run must share with the checkpoint (recipe, data, world size); differences are refused.
     """
 
@@ -60,6 +61,8 @@ class Loop:
     identity: dict[str, Any]
     stop: StopRequest
     before: dict[str, Any] | None = None
+    progress: checkpoints.Progress = field(default_factory=checkpoints.Progress)
+    resumed_from: str | None = None
 
     def run(self, resumed: checkpoints.Checkpoint | None = None) -> checkpoints.Progress:
         """Train to the end and return where it stands.
@@ -69,6 +72,7 @@ class Loop:
             Interrupted: a signal asked for it; a checkpoint was written first.
         """
         progress = self._restore(resumed) if resumed else checkpoints.Progress(identity=self.identity, before=self.before)
+        self.progress, self.resumed_from = progress, resumed.folder.name if resumed else None
         self.display.start(self.total_steps, progress.step)
         self.module.train()
         clock = time.perf_counter()
@@ -158,10 +162,9 @@ class Loop:
         progress.loss_first = loss if progress.loss_first is None else progress.loss_first
         progress.loss_last = loss
         progress.window_loss, progress.window_tokens = 0.0, 0
-        steps = len(self.plan_steps())
         record = {
             "step": progress.step,
-            "epoch": round(progress.epoch + progress.position / steps, 4),
+            "epoch": self._epochs(),
             "loss": loss,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "grad_norm": norm,
@@ -177,19 +180,21 @@ class Loop:
         self.accelerator.log({f"train/{k}": v for k, v in record.items() if k not in ("step",)}, step=progress.step)
         self.display.step(record)
 
-    def plan_steps(self) -> list[StepPlan]:
-        """The first epoch's steps; every epoch has about as many."""
-        if not hasattr(self, "_first"):
-            self._first = self.plan.epoch(0)
-        return self._first
+    def _epochs(self) -> float:
+        """Epochs that are done, with the fraction of the current one."""
+        progress = self.progress
+        return round(progress.epoch + progress.position / max(1, len(self.plan.epoch(progress.epoch))), 4)
 
     def _evaluate(self, progress: checkpoints.Progress) -> bool:
         """Evaluate, log, keep count of gains; whether this is the best so far."""
         result = self.evaluate()
         self.module.train()
-        if result is None:
-            return False
-        record = {"step": progress.step, "epoch": progress.epoch, **{f"eval_{k}": v for k, v in result.items()}}
+        return result is not None and self.record(result)
+
+    def record(self, result: dict[str, float]) -> bool:
+        """Log held-out metrics of the model as it is now; whether its loss is the lowest so far."""
+        progress = self.progress
+        record = {"step": progress.step, "epoch": self._epochs(), **{f"eval_{k}": v for k, v in result.items()}}
         if self.metrics is not None:
             self.metrics.write(record)
         self.accelerator.log({f"eval/{k}": v for k, v in result.items()}, step=progress.step)
@@ -221,10 +226,20 @@ class Loop:
                 protect=progress.best_step,
             )
             again = checkpoints.read(path)
-            wrong = [name for name, p in trainable.items() if name not in again.trainable or not torch.equal(again.trainable[name], p.detach().cpu())]
+            wrong = [
+                name
+                for name, p in trainable.items()
+                if name not in again.trainable or not torch.equal(again.trainable[name], p.detach().cpu())
+            ]
             if wrong or len(again.trainable) != len(trainable):
                 raise CheckpointError(f"{path}: what was written is not what was trained: {', '.join(wrong[:3])}")
         accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """No more lines will be written."""
+        if self.metrics is not None:
+            self.metrics.close()
+        self.accelerator.end_training()
 
     def _restore(self, checkpoint: checkpoints.Checkpoint) -> checkpoints.Progress:
         saved, now = checkpoint.progress.identity, self.identity
@@ -232,7 +247,8 @@ class Loop:
         if changed:
             differences = "; ".join(f"{key}: was {saved.get(key)!r}, is {now.get(key)!r}" for key in changed)
             raise CheckpointError(
-                f"{checkpoint.folder} belongs to another run: {differences}", hint="resume with the recipe and data of that run, or start anew in another output_dir."
+                f"{checkpoint.folder} belongs to another run: {differences}",
+                hint="resume with the recipe and data of that run, or start anew in another output_dir.",
             )
         load_trainable(self.model, checkpoint.trainable)
         checkpoints.load_optimizer(self.optimizer, checkpoint.optimizer)

@@ -32,7 +32,9 @@ def build_optimizer(groups: list[dict[str, Any]], settings: TrainSection, device
         return torch.optim.Adafactor(groups, lr=settings.learning_rate)
     if name in _BITSANDBYTES:
         if device.type != "cuda":
-            raise TrainingError(f"train.optimizer: {name} runs on CUDA GPUs only; this run is on the {device.type}", hint="use adamw, adafactor or sgd.")
+            raise TrainingError(
+                f"train.optimizer: {name} runs on CUDA GPUs only; this run is on the {device.type}", hint="use adamw, adafactor or sgd."
+            )
         optimizer: torch.optim.Optimizer = quantization.optimizer_class(name)(groups, betas=betas, eps=epsilon)
         return optimizer
     raise AssertionError(name)

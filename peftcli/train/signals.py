@@ -26,10 +26,17 @@ class Interrupted(BaseException):
 
 
 class StopRequest:
-    """Catches SIGINT and SIGTERM while a run is on."""
+    """Catches SIGINT and SIGTERM while a run is on.
+
+    Attributes:
+        signal: the number that all processes agreed to stop for, 0 while there is none.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
+        # What this process itself was sent. Kept apart: the others' signal may become known here before the launcher's own
+        # copy of it arrives, which then is the first one, not a second.
+        self._received = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -42,16 +49,18 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
-        if self.signal:
+        if self._received:
             # A checkpoint in the making has no name yet: leaving now cannot tear one.
             os._exit(128 + number)
-        self.signal = number
+        self._received = number
 
     def requested(self, accelerator: Accelerator) -> bool:
         """Whether any process was asked to stop; all processes get the same answer."""
-        if accelerator.num_processes == 1:
-            return self.signal != 0
-        flag = torch.tensor(self.signal, device=accelerator.device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        self.signal = int(flag.item())
-        return self.signal != 0
+        asked = self._received
+        if accelerator.num_processes > 1:
+            flag = torch.tensor(asked, device=accelerator.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            # A signal that came during the exchange stays for the next one: the others do not know of it yet.
+            asked = int(flag.item())
+        self.signal = asked
+        return asked != 0

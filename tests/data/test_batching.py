@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def test_batch_tokens_are_never_exceeded_and_filled_as_far_as_rows_fit(lengths: 
     micros = [micro for step in steps for share in step.shares for micro in share if micro]
     assert all(sum(lengths[row] for row in micro) <= limit for micro in micros)
     if processes == 1 and not group:
-        for one, following in zip(micros, micros[1:], strict=False):
+        for one, following in pairwise(micros):
             assert sum(lengths[row] for row in one) + lengths[following[0]] > limit
 
 

@@ -77,8 +77,8 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "NaN": (lambda f: edit(f, lambda t: t[KEY].fill_(float("nan"))), "NaN or infinity"),
     "infinity": (lambda f: edit(f, lambda t: t[KEY][0, 0].fill_(float("inf"))), "NaN or infinity"),
     "integers": (lambda f: edit(f, lambda t: t.update({KEY: t[KEY].to(torch.int32)})), "has dtype I32"),
-    "empty tensor": (lambda f: edit(f, lambda t: t.update({KEY: torch.zeros(0, 32)})), "is empty"),
-    "wrong shape": (lambda f: edit(f, lambda t: t.update({KEY: torch.zeros(4, 31)})), r"\(4, 31\), the model needs \(4, 32\)"),
+    "empty tensor": (lambda f: edit(f, lambda t: t.update({KEY: torch.zeros(0, 64)})), "is empty"),
+    "wrong shape": (lambda f: edit(f, lambda t: t.update({KEY: torch.zeros(4, 63)})), r"\(4, 63\), the model needs \(4, 64\)"),
     "missing key": (lambda f: edit(f, lambda t: t.pop(KEY)), "1 missing such as .*q_proj.lora_A"),
     "extra key": (lambda f: edit(f, lambda t: t.update({KEY + "x": torch.ones(1)})), "1 not expected such as"),
     "compiled": (lambda f: edit(f, lambda t: t.update({KEY.replace("model.layers", "_orig_mod.layers"): t.pop(KEY)})), "1 missing .* 1 not expected"),
@@ -94,7 +94,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "rank negative": (lambda f: config(f, r=-1), "rank"),
     "rank enormous": (lambda f: config(f, r=16000), "states the rank 16000"),
     "pattern enormous": (lambda f: config(f, rank_pattern={"q_proj": 10**9}), "states the rank 1000000000"),
-    "rank another": (lambda f: config(f, r=5), r"the model needs \(5, 32\)"),
+    "rank another": (lambda f: config(f, r=5), r"the model needs \(5, 64\)"),
     "pattern no expression": (lambda f: config(f, rank_pattern={"(": 2}), "does not fit the model"),
     "targets mixed": (lambda f: config(f, target_modules=["q_proj", 3]), "not sound"),
     "targets absent": (lambda f: config(f, target_modules=["nothing"]), "nothing is left to adapt"),
@@ -117,7 +117,12 @@ def test_faults_are_named(fault: str, folder: Path) -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**12), 10**12) | st.floats() | st.text(max_size=8) | st.sampled_from(["q_proj", "lm_head", "norm", "(", ".*"]),
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**12), 10**12)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["q_proj", "lm_head", "norm", "(", ".*"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6) | st.sampled_from(["q_proj", "("]), inner, max_size=3),
     max_leaves=5,
 )

@@ -72,7 +72,7 @@ def test_new_tokens_and_a_resized_vocabulary(kind: str, whole: list[str], tmp_pa
         model = helpers.tiny_model(kind)
         model.resize_token_embeddings(helpers.VOCABULARY + 3, mean_resizing=False)
         with torch.no_grad():  # what the new rows hold before the adapter is loaded must not matter
-            model.get_input_embeddings().weight[helpers.VOCABULARY :] = torch.randn(3, 32)
+            model.get_input_embeddings().weight[helpers.VOCABULARY :] = torch.randn(3, 64)
         return model
 
     ids = tuple(range(helpers.VOCABULARY, helpers.VOCABULARY + 3))
@@ -114,6 +114,11 @@ def test_bytes_do_not_depend_on_the_process_or_the_order_of_options(tmp_path: Pa
     here = Path(__file__).parents[1]
     env = {**os.environ, "PYTHONHASHSEED": "4711", "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "a")], check=True, env=env)
-    options = {"rank": 4, "rank_pattern": {"v_proj": 3, "q_proj": 2}, "target_modules": ["v_proj", "q_proj"], "modules_to_save": ["lm_head", "norm"]}
+    options = {
+        "rank": 4,
+        "rank_pattern": {"v_proj": 3, "q_proj": 2},
+        "target_modules": ["v_proj", "q_proj"],
+        "modules_to_save": ["lm_head", "norm"],
+    }
     helpers.write_adapter(tmp_path / "b", "llama", options)
     assert helpers.folder_bytes(tmp_path / "a") == helpers.folder_bytes(tmp_path / "b")

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from peftcli.kernels.cross_entropy import reference_cross_entropy, sum_cross_entropy
 
 
-def both(rows: int, vocabulary: int, dtype: torch.dtype, seed: int, scale: float = 4.0) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def both(
+    rows: int, vocabulary: int, dtype: torch.dtype, seed: int, scale: float = 4.0
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     base = (torch.randn(rows, vocabulary, generator=generator, dtype=torch.float64) * scale).to(dtype)
     targets = torch.randint(0, vocabulary, (rows,), generator=generator)

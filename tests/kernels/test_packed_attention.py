@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
+from unittest import mock
 
 import helpers
 import numpy as np
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peftcli.data.batching import collate
+from peftcli.kernels import attention
 from peftcli.kernels.attention import Documents, packed_attention, reference_attention
 from peftcli.model.task import CausalLM, supports_packing
 
@@ -21,6 +24,11 @@ def inputs(lengths: list[int], heads: int, groups: int, seed: int, width: int = 
     generator = torch.Generator().manual_seed(seed)
     shapes = [(1, n, sum(lengths), width) for n in (heads, groups, groups)]
     return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+def path(plain: bool) -> Any:
+    """Without the path for short rows on the CPU where ``plain``, as for long ones."""
+    return mock.patch.dict(attention._SHORT, clear=True) if plain else contextlib.nullcontext()
 
 
 def outputs_and_gradients(function: Any, qkv: list[Tensor], documents: Documents, causal: bool) -> list[Tensor]:
@@ -34,11 +42,13 @@ def outputs_and_gradients(function: Any, qkv: list[Tensor], documents: Documents
     lengths=st.lists(st.integers(1, 19), min_size=1, max_size=9),
     heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]),
     causal=st.booleans(),
+    plain=st.booleans(),
     seed=st.integers(0, 100),
 )
-def test_equals_the_reference_in_float64(lengths: list[int], heads: tuple[int, int], causal: bool, seed: int) -> None:
+def test_equals_the_reference_in_float64(lengths: list[int], heads: tuple[int, int], causal: bool, plain: bool, seed: int) -> None:
     documents, qkv = Documents(lengths), inputs(lengths, *heads, seed)
-    ours = outputs_and_gradients(packed_attention, qkv, documents, causal)
+    with path(plain):
+        ours = outputs_and_gradients(packed_attention, qkv, documents, causal)
     theirs = outputs_and_gradients(reference_attention, qkv, documents, causal)
     for a, b in zip(ours, theirs, strict=True):
         assert a.shape == b.shape
@@ -58,16 +68,18 @@ def test_the_reference_is_attention_on_each_document_alone(causal: bool) -> None
         start += length
 
 
+@pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("lengths", [[5, 9], [9, 5, 6, 1], [8, 8], [1, 30, 1], [16]])
-def test_editing_one_document_changes_no_other_by_a_single_bit(lengths: list[int], causal: bool) -> None:
+def test_editing_one_document_changes_no_other_by_a_single_bit(lengths: list[int], causal: bool, plain: bool) -> None:
     documents, qkv = Documents(lengths), inputs(lengths, 4, 2, 0)
     first = lengths[0]
     edited = [x.detach().clone() for x in qkv]
     for x in edited:
         x[:, :, :first] = -5.0 * x[:, :, :first] + 1.0
-    before = packed_attention(*qkv, documents, scaling=1.0, causal=causal)
-    after = packed_attention(*edited, documents, scaling=1.0, causal=causal)
+    with path(plain):
+        before = packed_attention(*qkv, documents, scaling=1.0, causal=causal)
+        after = packed_attention(*edited, documents, scaling=1.0, causal=causal)
     assert torch.equal(before[:, first:], after[:, first:])
     assert not torch.equal(before[:, :first], after[:, :first])
     gradient = torch.autograd.grad(before[:, first:].sum(), qkv)
@@ -123,3 +135,27 @@ def test_a_model_whose_rows_see_each_other_is_found_out() -> None:
             return type("Output", (), {"logits": x + x.mean(1, keepdim=True)})
 
     assert not supports_packing(Leaky(), 16)
+
+
+def test_a_sliding_window_is_packed_only_where_no_row_is_longer() -> None:
+    from transformers import AutoModelForCausalLM, MistralConfig
+
+    config = MistralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=8,
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.register()).double().eval()
+    assert supports_packing(model, 64, 8)
+    assert not supports_packing(model, 64, 9)
+    assert not supports_packing(model, 64)
+    plain = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double().eval()
+    plain.load_state_dict(model.state_dict())
+    row = np.arange(20, dtype=np.int32)
+    padded = CausalLM(model).logits(collate([row, row[:5]], [np.ones(20, dtype=np.bool_), np.ones(5, dtype=np.bool_)], packed=False))
+    expected = plain(input_ids=torch.arange(20)[None]).logits[0, :-1]
+    assert float((padded[:19] - expected).abs().max().detach()) <= 1e-10, "padded rows keep the window"

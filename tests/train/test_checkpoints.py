@@ -45,7 +45,14 @@ def copy(folder: Path, tmp_path: Path) -> Path:
 def test_what_a_checkpoint_holds(folder: Path) -> None:
     assert sorted(p.name for p in folder.iterdir()) == ["step-2", "step-4", "step-6"]
     files = sorted(p.name for p in (folder / "step-6").iterdir())
-    assert files == ["manifest.json", "method.safetensors", "optimizer.safetensors", "rng-0.safetensors", "state.json", "trainable.safetensors"]
+    assert files == [
+        "manifest.json",
+        "method.safetensors",
+        "optimizer.safetensors",
+        "rng-0.safetensors",
+        "state.json",
+        "trainable.safetensors",
+    ]
     found, notes = checkpoints.newest(folder)
     assert found is not None
     assert not notes
@@ -94,14 +101,18 @@ def damages() -> list[tuple[str, Callable[[Path], Any]]]:
         found.append((f"{name} cut by one", lambda f, name=name: (f / name).write_bytes((f / name).read_bytes()[:-1])))
         found.append((f"{name} longer", lambda f, name=name: (f / name).write_bytes((f / name).read_bytes() + b"\n")))
     found.append(("manifest a list", lambda f: (f / "manifest.json").write_text("[]")))
-    found.append(("manifest of another step", lambda f: (f / "manifest.json").write_bytes((f.parent / "step-4" / "manifest.json").read_bytes())))
+    found.append(
+        ("manifest of another step", lambda f: (f / "manifest.json").write_bytes((f.parent / "step-4" / "manifest.json").read_bytes()))
+    )
     found.append(("another step's folder", lambda f: (shutil.rmtree(f), shutil.copytree(f.parent / "step-4", f))))
     found.append(("a file in its place", lambda f: (shutil.rmtree(f), f.write_text("x"))))
     return found
 
 
 @pytest.mark.parametrize("damage", damages(), ids=lambda damage: damage[0])
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(damage: tuple[str, Callable[[Path], Any]], folder: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    damage: tuple[str, Callable[[Path], Any]], folder: Path, tmp_path: Path
+) -> None:
     root = copy(folder, tmp_path)
     damage[1](root / "step-6")
     found, notes = checkpoints.newest(root)
@@ -219,7 +230,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(folder: Path, tmp_path: 
 
 def test_a_checkpoint_of_other_shapes_is_refused(folder: Path, tmp_path: Path) -> None:
     found, _ = checkpoints.newest(folder)
-    for options, message in (({"rank": 5, "target_modules": ["q_proj"]}, r"\(4, 32\)"), ({"rank": 4}, "parameters are not the model's")):
+    for options, message in (({"rank": 5, "target_modules": ["q_proj"]}, r"\(4, 64\)"), ({"rank": 4}, "parameters are not the model's")):
         model, method = helpers.adapted("lora", **options)
         loop = helpers.make_loop(model, method, helpers.pattern_split(), tmp_path, steps=9, batch_size=8, identity={"a": 1})
         with pytest.raises(CheckpointError, match=message):

@@ -20,7 +20,9 @@ from peftcli.methods.kinds import trainable_state
 RAGGED = [3, 20, 5, 11, 2, 17, 9, 4]
 
 
-def step_gradients(split: Split, folder: Path, *, steps: int = 1, kind: str = "llama", name: str = "lora", **settings: Any) -> list[dict[str, Tensor]]:
+def step_gradients(
+    split: Split, folder: Path, *, steps: int = 1, kind: str = "llama", name: str = "lora", **settings: Any
+) -> list[dict[str, Tensor]]:
     """Gradients of the first ``steps`` optimizer steps in float64; the weights stay as they are."""
     options = {"rank": 4} if name == "lora" else {}
     model, method = helpers.adapted(name, kind, torch.float64, **options)
@@ -110,7 +112,9 @@ def test_an_adapter_on_the_output_layer_gets_the_plain_gradient(kind: str, tmp_p
         if plain:
             ids = [torch.from_numpy(row.astype(np.int64)) for row in split.input_ids]
             losses = [
-                torch.nn.functional.cross_entropy(model(input_ids=row[None]).logits[0, :-1], row[1:], reduction="none")[torch.from_numpy(mask[1:])]
+                torch.nn.functional.cross_entropy(model(input_ids=row[None]).logits[0, :-1], row[1:], reduction="none")[
+                    torch.from_numpy(mask[1:])
+                ]
                 for row, mask in zip(ids, split.supervised, strict=True)
             ]
             torch.cat(losses).mean().backward()
@@ -174,7 +178,9 @@ def test_clipping_bounds_the_gradient(tmp_path: Path) -> None:
     model, method = helpers.adapted("lora", "llama", torch.float64, rank=4)
     helpers.stir(model)
     before = {key: p.detach().clone() for key, p in trainable_state(model).items()}
-    loop = helpers.make_loop(model, method, split, tmp_path, steps=1, batch_size=8, optimizer="sgd", learning_rate=1.0, max_grad_norm=norm / 4)
+    loop = helpers.make_loop(
+        model, method, split, tmp_path, steps=1, batch_size=8, optimizer="sgd", learning_rate=1.0, max_grad_norm=norm / 4
+    )
     loop.run()
     moved = torch.cat([(before[key] - p).flatten() for key, p in trainable_state(model).items()])
     assert float(moved.norm()) == pytest.approx(norm / 4, rel=1e-4)

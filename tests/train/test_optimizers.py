@@ -52,7 +52,16 @@ def test_the_values_of_each_schedule() -> None:
 def test_the_loop_follows_the_schedule(tmp_path: Path) -> None:
     model, method = helpers.adapted("lora", rank=4)
     loop = helpers.make_loop(
-        model, method, helpers.pattern_split(), tmp_path, steps=6, batch_size=8, scheduler="linear", warmup_steps=2, logging_steps=1, warmup_ratio=0.0
+        model,
+        method,
+        helpers.pattern_split(),
+        tmp_path,
+        steps=6,
+        batch_size=8,
+        scheduler="linear",
+        warmup_steps=2,
+        logging_steps=1,
+        warmup_ratio=0.0,
     )
     seen: list[float] = []
     loop.display.step = lambda record: seen.append(record["learning_rate"])  # type: ignore[method-assign]
@@ -85,12 +94,16 @@ def test_every_optimizer_learns_and_resumes_exactly(name: str, tmp_path: Path) -
     for stop in (None, 4):
         model, method = helpers.adapted("lora", rank=4)
         folder = tmp_path / str(stop)
-        loop = helpers.make_loop(model, method, helpers.pattern_split(), folder, steps=8, batch_size=8, optimizer=name, learning_rate=rate, save_steps=4)
+        loop = helpers.make_loop(
+            model, method, helpers.pattern_split(), folder, steps=8, batch_size=8, optimizer=name, learning_rate=rate, save_steps=4
+        )
         if stop:
             loop.total_steps = 5
             loop.run()
             model, method = helpers.adapted("lora", rank=4)
-            loop = helpers.make_loop(model, method, helpers.pattern_split(), folder, steps=8, batch_size=8, optimizer=name, learning_rate=rate)
+            loop = helpers.make_loop(
+                model, method, helpers.pattern_split(), folder, steps=8, batch_size=8, optimizer=name, learning_rate=rate
+            )
             found, _ = checkpoints.newest(folder / "checkpoints")
             progress = loop.run(found)
         else:

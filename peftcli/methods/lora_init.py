@@ -1,0 +1,65 @@
+"""Initial values of LoRA's factors that are computed from the weight they stand beside."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+
+from peftcli.errors import UsageError
+from peftcli.methods.lora_layers import LoraLayer, ShiftedLoraLayer, weight_of
+
+_ITERATIONS = re.compile(r"pissa_niter_(\d+)")
+
+
+def set_start(layer: LoraLayer, kind: str, name: str, generator: torch.Generator) -> None:
+    """Give a fresh layer its initial values.
+
+    Args:
+        kind: ``default`` (as the layer was made), ``gaussian``, ``pissa``, ``pissa_niter_N`` or ``olora``.
+        name: of the module, for messages.
+    """
+    if kind == "gaussian":
+        layer.lora_A.data.normal_(std=1.0 / layer.rank, generator=generator)
+    elif isinstance(layer, ShiftedLoraLayer):
+        weight = weight_of(layer.base).float()
+        if layer.rank > min(weight.shape):
+            raise UsageError(f"method.rank: {kind} takes at most {min(weight.shape)} for {name}, whose weight is {tuple(weight.shape)}")
+        narrow, wide = olora(weight, layer.rank) if kind == "olora" else pissa(weight, layer.rank, layer.scaling, kind, generator)
+        layer.begin(narrow.contiguous(), wide.contiguous())
+
+
+def pissa(weight: Tensor, rank: int, scaling: float, kind: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """PiSSA (https://arxiv.org/abs/2404.02948): the principal singular directions of ``weight`` [out, in].
+
+    Args:
+        kind: ``pissa`` for the exact decomposition, ``pissa_niter_N`` for N subspace iterations: seconds instead of minutes
+            for large models.
+
+    Returns:
+        A [rank, in] and B [out, rank] with ``scaling * B A`` the best approximation of ``weight`` of this rank.
+    """
+    found = _ITERATIONS.fullmatch(kind)
+    if found:
+        # Subspace iteration (Halko et al., https://arxiv.org/abs/0909.4061), a few directions more than are kept.
+        start = torch.randn(weight.shape[1], min(rank + 8, *weight.shape), generator=generator).to(weight.device)
+        basis = torch.linalg.qr(weight @ start)[0]
+        for _ in range(int(found[1])):
+            basis = torch.linalg.qr(weight @ torch.linalg.qr(weight.t() @ basis)[0])[0]
+        left, values, right = torch.linalg.svd(basis.t() @ weight, full_matrices=False)
+        left = basis @ left
+    else:
+        left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    root = (values[:rank] / scaling).sqrt()
+    return root.unsqueeze(1) * right[:rank], left[:, :rank] * root
+
+
+def olora(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """OLoRA (https://arxiv.org/abs/2406.01775): the first rows and columns of the QR decomposition of ``weight`` [out, in].
+
+    Returns:
+        A [rank, in], upper triangular, and B [out, rank], orthonormal.
+    """
+    basis, triangle = torch.linalg.qr(weight)
+    return triangle[:rank], basis[:, :rank]

@@ -1,0 +1,176 @@
+"""The layers of LoRA and its variants. Each computes ``base(x)`` plus a product of two thin matrices."""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftcli.methods.kinds import AdapterLayer, features
+from peftcli.quantization import dense_weight, is_quantized
+
+
+def weight_of(base: nn.Module) -> Tensor:
+    """The dense weight [out, in] that a linear layer computes with: its own where it is dense, else a float32 copy."""
+    if is_quantized(base):
+        return dense_weight(base)
+    weight = cast(Tensor, base.weight).detach()
+    return weight.t() if type(base).__name__ == "Conv1D" else weight
+
+
+class LowRankLayer(AdapterLayer):
+    """What all of LoRA's layers are: a base and an update of rank ``rank``, scaled by ``scaling``."""
+
+    def __init__(self, base: nn.Module, rank: int, scaling: float) -> None:
+        super().__init__(base)
+        self.rank, self.scaling = rank, scaling
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, scaling={self.scaling:g}"
+
+
+class LoraLayer(LowRankLayer):
+    """``base(x) + scaling * B(A(dropout(x)))``.
+
+    Args:
+        base: a linear layer, in -> out.
+        rank, scaling, dropout: of this layer.
+        generator: for the initial values.
+
+    Parameters ``lora_A`` [rank, in] and ``lora_B`` [out, rank] are float32. B starts at zero, so the layer starts as the
+    base; A starts as torch initialises a linear layer (Kaiming uniform, a = sqrt 5), which is PEFT's choice too.
+    """
+
+    def __init__(self, base: nn.Module, rank: int, scaling: float, dropout: float, generator: torch.Generator) -> None:
+        super().__init__(base, rank, scaling)
+        width_in, width_out = features(base)
+        bound = 1.0 / math.sqrt(width_in)
+        self.lora_A = nn.Parameter(torch.empty(rank, width_in).uniform_(-bound, bound, generator=generator))
+        self.lora_B = nn.Parameter(torch.zeros(width_out, rank))
+        self.dropout = nn.Dropout(dropout) if dropout > 0.0 else nn.Identity()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The two thin matrices whose product is the update."""
+        return self.lora_A, self.lora_B
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.base(x)
+        narrow, wide = self.factors()
+        return add_low_rank(result, self.dropout(x), narrow, wide, self.scaling)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        narrow, wide = self.factors()
+        return weight + (wide.to(weight) @ narrow.to(weight)) * self.scaling, bias
+
+    def to_file(self, narrow: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
+        """What a file holds for parameters of these values: factors of the update to the *original* weight."""
+        return narrow, wide
+
+    def from_file(self, narrow: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of :meth:`to_file`; tensors of other shapes are returned as they are."""
+        return narrow, wide
+
+
+def add_low_rank(result: Tensor, x: Tensor, narrow: Tensor, wide: Tensor, scaling: float) -> Tensor:
+    """``result + scaling * (x @ narrow.T) @ wide.T`` in the dtype of ``x``; [..., in] -> [..., out]."""
+    narrow, wide = narrow.to(x.dtype), wide.to(x.dtype)
+    if x.dtype in (torch.float32, torch.float64) or result.dtype != x.dtype:
+        # PEFT's order of operations: in float32 the two agree to the last bit.
+        return result + F.linear(F.linear(x, narrow), wide) * scaling
+    # Half precision: scale the thin tensor, and one product that adds onto the base's output.
+    low = F.linear(x, narrow) * scaling
+    return torch.addmm(result.flatten(0, -2), low.flatten(0, -2), wide.t()).view(result.shape)
+
+
+class ShiftedLoraLayer(LoraLayer):
+    """LoRA whose factors start away from zero: ``base(x) + scaling * (B A - B0 A0) x``.
+
+    The published methods of this form (PiSSA, OLoRA) take ``scaling * B0 A0`` out of the base. Holding the start beside the
+    factors computes the same, with the same gradients, over an untouched base: it may be quantized, and the file is an
+    ordinary LoRA of twice the rank, which is what PEFT converts such adapters to.
+
+    Buffers ``start_A`` and ``start_B`` have the shapes of ``lora_A`` and ``lora_B``.
+    """
+
+    start_A: Tensor  # noqa: N815 - like lora_A
+    start_B: Tensor  # noqa: N815
+
+    def begin(self, narrow: Tensor, wide: Tensor) -> None:
+        """Start with these factors."""
+        self.register_buffer("start_A", narrow.clone(), persistent=False)
+        self.register_buffer("start_B", wide.clone(), persistent=False)
+        self.lora_A.data, self.lora_B.data = narrow.clone(), wide.clone()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], dim=1)
+
+    def to_file(self, narrow: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cat([narrow, self.start_A.to(narrow)]), torch.cat([wide, -self.start_B.to(wide)], dim=1)
+
+    def from_file(self, narrow: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
+        start = narrow[self.rank :], wide[:, self.rank :]
+        ours = self.start_A.to(narrow), -self.start_B.to(wide)
+        # Halves that began elsewhere are no values of these parameters; their shape tells.
+        if all(one.shape == two.shape and torch.equal(one, two) for one, two in zip(start, ours, strict=True)):
+            return narrow[: self.rank], wide[:, : self.rank]
+        return narrow, wide
+
+
+class DoraLayer(LoraLayer):
+    """DoRA (https://arxiv.org/abs/2402.09353): the updated weight's rows keep their direction and get a trained length,
+    ``m * (W + scaling * B A) / ||W + scaling * B A||``.
+
+    Parameter ``lora_magnitude_vector`` [out] is m, float32; it starts as the rows' lengths. The norm is a constant in the
+    gradient (section 4.3 of the paper).
+    """
+
+    def __init__(self, base: nn.Module, rank: int, scaling: float, dropout: float, generator: torch.Generator) -> None:
+        super().__init__(base, rank, scaling, dropout, generator)
+        self.lora_magnitude_vector = nn.Parameter(self._lengths(weight_of(base)).float())
+
+    @torch.no_grad()
+    def _lengths(self, weight: Tensor) -> Tensor:
+        """[out] lengths of the updated weight's rows, at least in float32."""
+        wide = weight if weight.dtype == torch.float64 else weight.float()
+        lengths: Tensor = torch.linalg.vector_norm(wide + self.scaling * (self.lora_B.to(wide) @ self.lora_A.to(wide)), dim=1)
+        return lengths
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.base(x)
+        dropped = self.dropout(x)
+        # Where dropout acts, it acts on the whole of the rescaled product.
+        plain = result if dropped is x else cast(Tensor, self.base(dropped))
+        bias = self.bias
+        plain = plain if bias is None else plain - bias.to(plain.dtype)
+        scale = self.lora_magnitude_vector / self._lengths(weight_of(self.base))
+        change = F.linear(F.linear(dropped, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.scaling
+        return result + (scale - 1.0).to(plain.dtype) * plain + scale.to(change.dtype) * change
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        scale = self.lora_magnitude_vector.to(weight) / self._lengths(weight)
+        return scale.unsqueeze(1) * super().fold(weight, None)[0], bias
+
+
+class LoraEmbedding(LowRankLayer):
+    """``base(ids) + scaling * B(A[:, ids])`` for an embedding [vocabulary, width].
+
+    Parameters ``lora_embedding_A`` [rank, vocabulary] starts at zero, ``lora_embedding_B`` [width, rank] as a standard normal.
+    """
+
+    def __init__(self, base: nn.Embedding, rank: int, scaling: float, generator: torch.Generator) -> None:
+        super().__init__(base, rank, scaling)
+        self.lora_embedding_A = nn.Parameter(torch.zeros(rank, base.num_embeddings))
+        self.lora_embedding_B = nn.Parameter(torch.empty(base.embedding_dim, rank).normal_(generator=generator))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        result: Tensor = self.base(ids)
+        low = F.embedding(ids, self.lora_embedding_A.t())
+        change = F.linear(low, self.lora_embedding_B) * self.scaling
+        scale = getattr(self.base, "embed_scale", None)
+        return result + (change if scale is None else change * scale.to(change.dtype)).to(result.dtype)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + (self.lora_embedding_B.to(weight) @ self.lora_embedding_A.to(weight)).t() * self.scaling, bias

@@ -1,0 +1,100 @@
+"""Prefix tuning: n trained keys and values in front of each row in every layer (Li and Liang,
+https://arxiv.org/abs/2101.00190). Without the projection it is P-Tuning v2 (Liu et al., https://arxiv.org/abs/2110.07602).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from peftcli.methods.base import Context, MethodConfig, PeftFormat
+from peftcli.methods.prompts import Prompted, PromptedLayers, PromptMethod, initialised, text_config
+
+
+class PrefixTuningConfig(MethodConfig):
+    """Options of prefix tuning."""
+
+    name: Literal["prefix_tuning"] = Field("prefix_tuning", description="`prefix_tuning`")
+    num_virtual_tokens: int = Field(20, ge=1, le=16384, description="How many keys and values stand in front of each row.")
+    projection: bool = Field(
+        False,
+        description="Make them from n small embeddings by two linear layers while training, which steadies it (Li and Liang); "
+        "`false`: train them as they are (P-Tuning v2).",
+    )
+    hidden_size: int | None = Field(None, ge=1, le=65536, description="Inner width of the projection; default: that of a layer's keys.")
+    init: Literal["random", "zero"] = Field(
+        "random", description="Initial keys and values: normal random numbers (or random layers of the projection), or zeros."
+    )
+
+
+class PrefixEncoder(nn.Module):
+    """[n, 2 layers x width] keys and values from n trained embeddings; layers and names are PEFT's."""
+
+    def __init__(self, count: int, width: int, hidden: int, layers: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(count, width)
+        self.transform = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, layers * 2 * width))
+
+    def forward(self) -> Tensor:
+        """The keys and values."""
+        return cast(Tensor, self.transform(self.embedding.weight))
+
+
+def _shape(model: nn.Module) -> tuple[int, int, int]:
+    """(layers, key-value heads, width of a layer's keys)."""
+    config = text_config(model)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers, heads, heads * head
+
+
+class PrefixTuning(PromptMethod[PrefixTuningConfig]):
+    """Trained keys and values."""
+
+    Config: ClassVar[type[MethodConfig]] = PrefixTuningConfig
+    paper = "https://arxiv.org/abs/2101.00190"
+    summary = "Trained keys and values in front of each row in every layer; the model itself stays untouched."
+    solves = "Reaches every layer, so it is stronger than virtual tokens at the input and good for generation; about 0.1 % of the weights."
+    costs = "Every token attends to the prefix too, sensitive to its initial values, cannot be folded into the weights."
+    recommended: ClassVar[dict[str, object]] = {"train.learning_rate": 1e-2}
+    peft = PeftFormat("PREFIX_TUNING", prefix="")
+
+    def wrap(self, model: nn.Module, ctx: Context) -> Prompted:
+        options, (layers, heads, width) = self.config, _shape(model)
+        count = options.num_virtual_tokens
+        if not options.projection or ctx.from_file:
+            values = torch.zeros(count, 2 * layers * width)
+            if options.init == "random" and not ctx.from_file:
+                values.normal_(generator=ctx.generator("prompt_embeddings"))
+            return PromptedLayers(model, values, None, layers, heads)
+        encoder = PrefixEncoder(count, width, options.hidden_size or width, layers)
+        initialised(encoder, ctx, "encoder")
+        if options.init == "zero":
+            for parameter in encoder.transform[2].parameters():
+                nn.init.zeros_(parameter)
+        return PromptedLayers(model, None, encoder, layers, heads)
+
+    def peft_config(self, model: nn.Module) -> dict[str, Any]:
+        layers, heads, width = _shape(model)
+        return {
+            **super().peft_config(model),
+            "num_layers": layers,
+            "num_attention_heads": heads,
+            "token_dim": width,
+            "prefix_projection": self.config.projection,
+            "encoder_hidden_size": self.config.hidden_size or width,
+            "init_weights": "zero" if self.config.init == "zero" else None,
+        }
+
+    @classmethod
+    def from_peft(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            **super().from_peft(fields),
+            "projection": fields.get("prefix_projection", False),
+            "hidden_size": fields.get("encoder_hidden_size"),
+            "init": "zero" if fields.get("init_weights") == "zero" else "random",
+        }
