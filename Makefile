@@ -6,7 +6,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CONSTRAINTS := scripts/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check format readme clean environment environment-dev
+# The figures of README.md are those of one recorded run; a new recording replaces them.
+.PHONY: help quickstart figures test check format readme clean environment environment-dev
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +31,11 @@ check: environment-dev ## format, lint, types, architecture
 format: environment-dev ## format the code and mend what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+figures: quickstart environment-dev ## run the quickstart and record its figures for README.md
+	mkdir -p scripts/results
+	cp runs/quickstart/report.json scripts/results/quickstart.json
+	$(BIN)/python scripts/update_readme.py
 
 readme: environment-dev ## bring the generated parts of README.md and the JSON schemas up to date
 	$(BIN)/python -m peftcli.recipe.render --write

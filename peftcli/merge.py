@@ -71,9 +71,12 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             weight, bias = quantization.dense_weight(module), getattr(module, "bias", None)
             replace(model, name, _linear(weight, bias, dtype or _compute_dtype(module)))
     _retie(model)
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if dtype is None and stored is not None and any(parameter.requires_grad for parameter in own):
+            for parameter in own:
+                parameter.data = parameter.data.to(stored)
     for parameter in model.parameters():
-        if parameter.requires_grad and stored is not None and dtype is None:
-            parameter.data = parameter.data.to(stored)
         parameter.requires_grad_(False)
     if dtype is not None:
         model.to(dtype)
@@ -81,9 +84,12 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
 
 def _stored_dtype(model: nn.Module) -> torch.dtype | None:
-    """Of the frozen weights in floating point, where they agree."""
-    found = {p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()}
-    return found.pop() if len(found) == 1 else None
+    """Of most of the frozen weights in floating point; ``None`` where there are none."""
+    sizes: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype], default=None)
 
 
 def _compute_dtype(module: nn.Module) -> torch.dtype:

@@ -118,6 +118,7 @@ class _Run:
             base_dir=self.loaded.base_dir,
             trust_remote_code=self.options.trust_remote_code,
             master_weights=self.method.caps.whole_model,
+            keep_dense=self.method.needs_dense_weights(),
         )
 
     def _read(self) -> Prepared:
@@ -155,9 +156,10 @@ class _Run:
     def _apply(self) -> None:
         """Put the method to work and prepare what Accelerate prepares."""
         recipe, base, method = self.recipe, self.base, self.method
-        base.model.requires_grad_(False)
-        ctx = Context(recipe.train.seed, base.new_token_ids, base.quantization is not None, encode=base.encode)
+        quantized = base.quantization is not None
+        ctx = Context(recipe.train.seed, base.new_token_ids, quantized, encode=base.encode, dense_weights=base.dense_weights)
         self.model = cast(Any, method.apply(base.model, ctx))
+        base.dense_weights.clear()
         if self.options.init_adapter is not None:
             start = hf_peft.read_adapter(_adapter_folder(self.options.init_adapter))
             hf_peft.load_tensors(self.model, method, start.tensors, start.folder / hf_peft.WEIGHTS)

@@ -99,7 +99,35 @@ def _depth_last(path: Path) -> tuple[object, ...]:
     return len(inside.parts) > 1, str(inside.parent), path.name != "__init__.py", path.name
 
 
-PARTS = {"methods": methods, "reference": reference_markdown, "templates": templates, "report": report, "layout": layout}
+def measured() -> str:
+    """The figures of the recorded quickstart run."""
+    run = Report.model_validate_json((ROOT / "scripts/results/quickstart.json").read_text(encoding="utf-8"))
+    if run.eval is None or run.eval_before is None:
+        raise SystemExit("scripts/results/quickstart.json has no evaluation; make figures")
+    lines = ["| 64 held-out rows | base model | tuned | 95 % interval of tuned |", "| --- | --- | --- | --- |"]
+    for name, form in (("exact_match", "{:.1%}"), ("token_accuracy", "{:.1%}"), ("loss", "{:.4f}"), ("perplexity", "{:.3f}")):
+        before, after = getattr(run.eval_before, name), getattr(run.eval, name)
+        low, high = run.eval.intervals[name]
+        lines.append(
+            f"| {name.replace('_', ' ')} | {form.format(before)} | {form.format(after)} | {form.format(low)} to {form.format(high)} |"
+        )
+    train, where = run.train, run.environment
+    return "\n".join(lines) + (
+        f"\n\n{run.method.name} on {run.model.parameters / 1e6:.0f} million parameters ({run.model.trainable_parameters / 1e6:.1f} million trained), "
+        f"{train.steps} steps, {train.tokens:,} tokens in {train.seconds:.0f} s: {train.tokens_per_second:.0f} tokens/s, "
+        f"{train.peak_memory_bytes / 2**30:.1f} GiB resident at the peak. {where.device_name}, {where.threads} threads, "
+        f"{where.cpu_capability}, {run.model.dtype}, torch {where.torch}, transformers {where.transformers}. No GPU figure has been measured yet."
+    )
+
+
+PARTS = {
+    "measured": measured,
+    "methods": methods,
+    "reference": reference_markdown,
+    "templates": templates,
+    "report": report,
+    "layout": layout,
+}
 
 
 def filled(text: str) -> str:

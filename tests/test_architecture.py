@@ -153,7 +153,9 @@ def test_nothing_above_the_registry_names_a_method(part: str) -> None:
             continue
         wrong += [f"{place(path, node)}: imports {module}" for node, module, _ in imports(path) if module in method_modules()]
         for node in ast.walk(tree(path)):
-            if isinstance(node, ast.Constant) and node.value in registry.names():
+            # The folder of a result is called `adapter/` whatever the method, and so is one of the methods.
+            folder = part != "train" and isinstance(node, ast.Constant) and node.value == "adapter"
+            if isinstance(node, ast.Constant) and node.value in registry.names() and not folder:
                 wrong.append(f"{place(path, node)}: the literal {node.value!r} names a method")
     assert not wrong, "\n".join(wrong)
 

@@ -62,6 +62,8 @@ class AdapterFile:
 
 def file_key(model: nn.Module, method: Method[Any], name: str) -> str:
     """The key in the file for our parameter called ``name``."""
+    if method.peft and name in method.peft.whole:
+        return method.peft.whole[name]
     path, _, attribute = name.rpartition(".")
     owner = model.get_submodule(path)
     plain = _without_base(model, path)

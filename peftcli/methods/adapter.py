@@ -143,7 +143,7 @@ class Adapter(LayerMethod[AdapterConfig]):
         if options.target_modules is not None and not (variant.parallel and isinstance(options.target_modules, list)):
             return targets.match(model, options.target_modules, options.exclude_modules)
         named = options.target_modules or _places(model, options.variant)
-        found = set(whole_modules(model, cast("list[str]", named), "target_modules"))
+        found = set(whole_modules(model, named, "target_modules"))
         # "output.dense" is the feed-forward block's in BERT only where attention is not in front of it.
         if not variant.attention:
             found = {name for name in found if not name.endswith("attention.output.dense")}
@@ -176,7 +176,7 @@ def _places(model: nn.Module, variant: str) -> list[str]:
         if all(any(name.endswith(f".{end}") for name in names) for end in (attention, forward)):
             if choice.parallel and not block:
                 raise UsageError(
-                    f"method.variant: the feed-forward block of {type(model).__name__} is no module of its own, so nothing can run beside it",
+                    f"method.variant: the feed-forward block of {type(model).__name__} is no module of its own; nothing runs beside it",
                     hint="take houlsby or pfeiffer.",
                 )
             return [block] if choice.parallel else [attention, forward] if choice.attention else [forward]

@@ -84,6 +84,8 @@ class Context:
         new_token_layers: ends of the names of the layers whose rows are trained; ``None``: embedding and output layer.
         encode: token ids of a text, by the model's tokenizer, where there is one.
         from_file: an adapter's file is about to give all values, so initial ones do not matter.
+        dense_weights: by module name, the weights [out, in] of quantized layers as they were before, on the CPU, where the
+            method asked for them (:meth:`Method.needs_dense_weights`).
     """
 
     seed: int = 42
@@ -92,6 +94,7 @@ class Context:
     new_token_layers: tuple[str, ...] | None = None
     encode: Callable[[str], list[int]] | None = None
     from_file: bool = False
+    dense_weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     def generator(self, name: str) -> torch.Generator:
         """A CPU generator for the initial values of ``name``: the same on every device and in any order of creation."""
@@ -112,6 +115,7 @@ class PeftFormat:
         rank_is_size: layers have a side as long as the rank that the file states, so none may be longer than its tensors.
         stock: PEFT has the method; otherwise the type is ours, in the same two files.
         prefix: of all keys.
+        whole: complete keys of tensors that belong to no module, by the names that :meth:`Method.file_targets` gives them.
     """
 
     peft_type: str
@@ -120,6 +124,7 @@ class PeftFormat:
     rank_is_size: bool = True
     stock: bool = True
     prefix: str = "base_model.model."
+    whole: Mapping[str, str] = field(default_factory=dict)
 
 
 class Method(Generic[C]):
@@ -161,6 +166,10 @@ class Method(Generic[C]):
                 )
             ]
         return []
+
+    def needs_dense_weights(self) -> bool:
+        """Whether :meth:`apply` looks at the weights as they were before the base was quantized; costs their memory until then."""
+        return False
 
     def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
         """Freeze, replace or wrap ``model`` in place and return it. Trainable parameters are float32 afterwards."""

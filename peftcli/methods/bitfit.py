@@ -29,7 +29,7 @@ class MovedBias(AdapterLayer):
 
     def __init__(self, base: nn.Module, bias: Tensor) -> None:
         super().__init__(base)
-        base.bias = None
+        base.register_parameter("bias", None)
         self.moved = nn.Parameter(bias.detach().to(torch.float32).clone())
 
     @property

@@ -190,6 +190,11 @@ class Select(Method[C]):
         train_new_tokens(model, ctx, [name for name, module in model.named_modules() if id(getattr(module, "weight", None)) in ids])
         for parameter in chosen:
             unfreeze(parameter)
+        for module in model.modules():
+            own = list(module.parameters(recurse=False))
+            if any(p.requires_grad for p in own) and all(p.ndim < 2 for p in own):
+                for p in own:  # a norm wants its scale in the dtype of its bias
+                    p.data = p.data.to(torch.float32)
         return model
 
 

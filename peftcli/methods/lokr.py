@@ -65,15 +65,16 @@ class LokrLayer(DeltaLayer):
     def blocks(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The two blocks, [k, m] and [out / k, in / m]; products are taken in the parameters' own precision."""
         own = self._parameters
-        one = self.lokr_w1 if "lokr_w1" in own else self.lokr_w1_a @ self.lokr_w1_b
-        two = self.lokr_w2 if "lokr_w2" in own else self.lokr_w2_a @ self.lokr_w2_b
+        one: Tensor = self.lokr_w1 if "lokr_w1" in own else self.lokr_w1_a @ self.lokr_w1_b
+        two: Tensor = self.lokr_w2 if "lokr_w2" in own else self.lokr_w2_a @ self.lokr_w2_b
         return one.to(dtype), two.to(dtype)
 
     def update(self, x: Tensor) -> Tensor:
         # kron(C, D) x is C X D' for x laid out as a matrix X: two small products, and the update is never formed.
         one, two = self.blocks(x.dtype)
         grid = x.unflatten(-1, (one.shape[1], two.shape[1]))
-        return (one @ (grid @ two.t())).flatten(-2) * self.scaling
+        change: Tensor = (one @ (grid @ two.t())).flatten(-2)
+        return change * self.scaling
 
     def delta(self, dtype: torch.dtype) -> Tensor:
         return torch.kron(*self.blocks(dtype)) * self.scaling

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar
 
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from peftcli.errors import UsageError
@@ -20,44 +19,7 @@ from peftcli.methods.fields import from_pattern, module_fields, module_options, 
 from peftcli.methods.kinds import AdapterLayer, LayerMethod, adapter_layers, unfreeze
 from peftcli.methods.lora_init import set_start
 from peftcli.methods.lora_layers import DoraLayer, LoraEmbedding, LoraLayer, LowRankLayer, ShiftedLoraLayer
-
-PositiveInt = Annotated[int, Field(ge=1)]
-
-
-class LoraConfig(MethodConfig):
-    """Options of LoRA."""
-
-    name: Literal["lora"] = Field("lora", description="`lora`")
-    rank: int = Field(16, ge=1, le=16384, description="Width r of the two thin matrices.")
-    alpha: float = Field(32.0, gt=0.0, description="The update is scaled by alpha / rank.")
-    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout on the input of the adapter.")
-    target_modules: str | list[str] = Field(
-        "all-linear",
-        description="Modules that get an adapter: `all-linear` (all but the output layer), a list of names, "
-        "or a regular expression for the whole dotted name.",
-    )
-    exclude_modules: list[str] = Field([], description="Names taken out of the targets.")
-    layers_to_transform: list[Annotated[int, Field(ge=0)]] = Field([], description="Only the targets in the blocks of these numbers.")
-    adapt_embeddings: bool = Field(False, description="Allow target_modules to name embeddings; their adapter is r numbers for each token.")
-    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead: steadier at high ranks.")
-    use_dora: bool = Field(False, description="DoRA: train the length of every row of the weight too; slower, better at low ranks.")
-    loraplus_lr_ratio: float | None = Field(None, gt=0.0, description="LoRA+: B learns this many times faster than A; the paper takes 16.")
-    init_lora_weights: str = Field(
-        "default",
-        pattern=r"^(default|gaussian|olora|pissa|pissa_niter_[1-9]\d?)$",
-        description="Initial values: `default` (A uniform, B zero), `gaussian`, `pissa` (the weight's principal directions; "
-        "`pissa_niter_16` finds them approximately, in a fraction of the time) or `olora` (its QR decomposition).",
-    )
-    bias: Literal["none", "all", "lora_only"] = Field("none", description="Biases that are trained too: of all layers, or of the adapted.")
-    rank_pattern: dict[str, PositiveInt] = Field({}, description="Another rank for modules whose name ends with, or matches, the key.")
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0.0)]] = Field({}, description="Another alpha, likewise.")
-    modules_to_save: list[str] = Field([], description="Modules that are trained and saved whole beside the adapter, such as `lm_head`.")
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.use_dora and self.init_lora_weights not in ("default", "gaussian"):
-            raise ValueError(f"use_dora and init_lora_weights {self.init_lora_weights} cannot be combined; choose one of the two")
-        return self
+from peftcli.methods.lora_options import LoraConfig
 
 
 class Lora(LayerMethod[LoraConfig]):
@@ -74,6 +36,15 @@ class Lora(LayerMethod[LoraConfig]):
     )
     # The layer where the options ask for no other.
     plain: ClassVar[type[LoraLayer]] = LoraLayer
+
+    @classmethod
+    def check_recipe(cls, recipe: Any) -> list[tuple[str, str]]:
+        if recipe.method.init_lora_weights == "loftq" and recipe.base_model.quantization is None:
+            return [("method.init_lora_weights", "loftq makes up for what quantization lost; set base_model.quantization, or take default")]
+        return super().check_recipe(recipe)
+
+    def needs_dense_weights(self) -> bool:
+        return self.config.init_lora_weights == "loftq"
 
     def target_names(self, model: nn.Module) -> list[str]:
         names, wanted = super().target_names(model), self.config.layers_to_transform
@@ -115,10 +86,10 @@ class Lora(LayerMethod[LoraConfig]):
         if isinstance(base, nn.Embedding) and options.adapt_embeddings:
             return LoraEmbedding(base, rank, scaling, generator)
         kind = DoraLayer if options.use_dora else self.plain
-        if options.init_lora_weights not in ("default", "gaussian"):
+        if options.init_lora_weights.startswith(("pissa", "olora")):
             kind = ShiftedLoraLayer
         layer = kind(base, rank, scaling, options.dropout, generator)
-        set_start(layer, options.init_lora_weights, name, generator)
+        set_start(layer, options.init_lora_weights, name, ctx, generator)
         return layer
 
     def param_groups(self, model: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
@@ -210,3 +181,6 @@ def _each_pair(model: nn.Module, tensors: dict[str, Tensor], direction: str) -> 
         if isinstance(layer, LoraLayer) and all(key in tensors for key in keys):
             result |= zip(keys, getattr(layer, direction)(*(tensors[key] for key in keys)), strict=True)
     return result
+
+
+__all__ = ["Lora", "LoraConfig"]

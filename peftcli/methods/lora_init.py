@@ -8,20 +8,26 @@ import torch
 from torch import Tensor
 
 from peftcli.errors import UsageError
+from peftcli.methods.base import Context
 from peftcli.methods.lora_layers import LoraLayer, ShiftedLoraLayer, weight_of
+from peftcli.quantization import is_quantized
 
 _ITERATIONS = re.compile(r"pissa_niter_(\d+)")
 
 
-def set_start(layer: LoraLayer, kind: str, name: str, generator: torch.Generator) -> None:
+def set_start(layer: LoraLayer, kind: str, name: str, ctx: Context, generator: torch.Generator) -> None:
     """Give a fresh layer its initial values.
 
     Args:
-        kind: ``default`` (as the layer was made), ``gaussian``, ``pissa``, ``pissa_niter_N`` or ``olora``.
+        kind: ``default`` (as the layer was made), ``gaussian``, ``pissa``, ``pissa_niter_N``, ``olora`` or ``loftq``.
         name: of the module, for messages.
     """
     if kind == "gaussian":
         layer.lora_A.data.normal_(std=1.0 / layer.rank, generator=generator)
+    elif kind == "loftq":
+        if is_quantized(layer.base) and not ctx.from_file:
+            narrow, wide = loftq(ctx.dense_weights[name], weight_of(layer.base), layer.rank, layer.scaling)
+            layer.lora_A.data[: len(narrow)], layer.lora_B.data[:, : len(narrow)] = narrow, wide
     elif isinstance(layer, ShiftedLoraLayer):
         weight = weight_of(layer.base).float()
         if layer.rank > min(weight.shape):
@@ -63,3 +69,16 @@ def olora(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     basis, triangle = torch.linalg.qr(weight)
     return triangle[:rank], basis[:, :rank]
+
+
+def loftq(dense: Tensor, quantized: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """LoftQ (https://arxiv.org/abs/2310.08659) in one step, over a base that stays as it was quantized: the adapter starts as
+    what the quantization lost.
+
+    Args:
+        dense: the weight [out, in] before, ``quantized``: the weight that the layer computes with.
+
+    Returns:
+        A [rank, in] and B [out, rank] with ``scaling * B A`` the best approximation of ``dense - quantized`` of this rank.
+    """
+    return pissa(dense.to(quantized.device, torch.float32) - quantized, rank, scaling, "pissa", torch.Generator())

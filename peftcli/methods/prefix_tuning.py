@@ -26,8 +26,11 @@ class PrefixTuningConfig(MethodConfig):
         "`false`: train them as they are (P-Tuning v2).",
     )
     hidden_size: int | None = Field(None, ge=1, le=65536, description="Inner width of the projection; default: that of a layer's keys.")
-    init: Literal["random", "zero"] = Field(
-        "random", description="Initial keys and values: normal random numbers (or random layers of the projection), or zeros."
+    init_std: float = Field(
+        0.1,
+        ge=0.0,
+        le=10.0,
+        description="Spread of the initial keys and values without the projection. PEFT's 1 drowns what a trained model attends to.",
     )
 
 
@@ -68,15 +71,11 @@ class PrefixTuning(PromptMethod[PrefixTuningConfig]):
         count = options.num_virtual_tokens
         if not options.projection or ctx.from_file:
             values = torch.zeros(count, 2 * layers * width)
-            if options.init == "random" and not ctx.from_file:
-                values.normal_(generator=ctx.generator("prompt_embeddings"))
+            if not ctx.from_file:
+                values.normal_(0.0, options.init_std, generator=ctx.generator("prompt_embeddings"))
             return PromptedLayers(model, values, None, layers, heads)
         encoder = PrefixEncoder(count, width, options.hidden_size or width, layers)
-        initialised(encoder, ctx, "encoder")
-        if options.init == "zero":
-            for parameter in encoder.transform[2].parameters():
-                nn.init.zeros_(parameter)
-        return PromptedLayers(model, None, encoder, layers, heads)
+        return PromptedLayers(model, None, initialised(encoder, ctx, "encoder"), layers, heads)
 
     def peft_config(self, model: nn.Module) -> dict[str, Any]:
         layers, heads, width = _shape(model)
@@ -87,7 +86,7 @@ class PrefixTuning(PromptMethod[PrefixTuningConfig]):
             "token_dim": width,
             "prefix_projection": self.config.projection,
             "encoder_hidden_size": self.config.hidden_size or width,
-            "init_weights": "zero" if self.config.init == "zero" else None,
+            "init_weights": None,
         }
 
     @classmethod
@@ -96,5 +95,4 @@ class PrefixTuning(PromptMethod[PrefixTuningConfig]):
             **super().from_peft(fields),
             "projection": fields.get("prefix_projection", False),
             "hidden_size": fields.get("encoder_hidden_size"),
-            "init": "zero" if fields.get("init_weights") == "zero" else "random",
         }

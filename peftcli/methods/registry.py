@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 
 _METHODS: dict[str, str] = {
     "full": "peftcli.methods.full:Full",
-    "head_only": "peftcli.methods.head_only:HeadOnly",
-    "freeze": "peftcli.methods.freeze:Freeze",
-    "bitfit": "peftcli.methods.bitfit:BitFit",
     "adapter": "peftcli.methods.adapter:Adapter",
     "prefix_tuning": "peftcli.methods.prefix_tuning:PrefixTuning",
     "p_tuning": "peftcli.methods.p_tuning:PTuning",
@@ -29,6 +26,7 @@ _METHODS: dict[str, str] = {
     "lokr": "peftcli.methods.lokr:Lokr",
     "adalora": "peftcli.methods.adalora:AdaLora",
     "delta_lora": "peftcli.methods.delta_lora:DeltaLora",
+    "vera": "peftcli.methods.vera:Vera",
 }
 
 

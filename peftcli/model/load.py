@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ class Base:
         revision: the commit, for hub models.
         new_token_ids: ids of the tokens that the recipe added.
         parameters: number of parameters of the dense model (tied ones once).
+        dense_weights: of the quantized layers as they were, by module name, where they were asked for.
     """
 
     model: Any
@@ -45,6 +46,7 @@ class Base:
     revision: str | None
     new_token_ids: tuple[int, ...]
     parameters: int
+    dense_weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer puts around one."""
@@ -94,6 +96,7 @@ def load_base(
     trust_remote_code: bool = False,
     tokenizer_folder: Path | None = None,
     master_weights: bool = False,
+    keep_dense: bool = False,
 ) -> Base:
     """Load what a recipe's ``base_model`` section names.
 
@@ -101,6 +104,7 @@ def load_base(
         trust_remote_code: allowed on the command line, with a pinned ``revision``; a recipe cannot ask for it.
         tokenizer_folder: take the tokenizer from here (an adapter's folder) instead of from the base.
         master_weights: keep the weights in float32 although the computation is in bfloat16 (every weight is trained).
+        keep_dense: keep the weights of the layers that are quantized, in ``Base.dense_weights``.
 
     Raises:
         ModelError: it cannot be found or read, lacks weights, or is no causal language model.
@@ -120,11 +124,17 @@ def load_base(
     model, revision = _load_model(source, section.revision, storage, task, trust_remote_code)
     parameters = sum(p.numel() for p in model.parameters())
     new_ids = _add_tokens(model, tokenizer, section.new_tokens)
+    dense: dict[str, torch.Tensor] = {}
     if section.quantization is not None:
+        if keep_dense:
+            layers = {name: module for name, module in model.named_modules() if type(module) is nn.Linear or _is_conv1d(module)}
+            dense = {name: layer.weight.data.t() if _is_conv1d(layer) else layer.weight.data for name, layer in layers.items()}
         quantize(model, section.quantization, double=section.double_quantization, compute_dtype=dtype, device=device)
     model.to(device)
     model.eval()
-    return Base(model, tokenizer, source, dtype, section.quantization, revision, new_ids, parameters)
+    # Frozen until a method says otherwise.
+    model.requires_grad_(False)
+    return Base(model, tokenizer, source, dtype, section.quantization, revision, new_ids, parameters, dense)
 
 
 def _load_model(source: Source, revision: str | None, dtype: torch.dtype, task: Task, trust_remote_code: bool) -> tuple[Any, str | None]:

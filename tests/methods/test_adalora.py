@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -281,3 +284,25 @@ def test_options_that_make_no_sense(options: str, message: str, tmp_path: Path) 
     text = helpers.recipe_for(tmp_path, tmp_path, tmp_path, method=f"{{name: adalora, {options}}}")
     with pytest.raises(RecipeError, match=re.escape(message)):
         parse_recipe(text, "r.yaml")
+
+
+def test_two_processes_share_one_penalty_and_one_budget(tmp_path: Path, tiny_folders: dict[str, Path], tiny_data: Path) -> None:
+    """22 rows, 2 x 3 x 2 for each step: in the last step of an epoch the second process has a micro batch without rows."""
+    method = "{name: adalora, init_rank: 4, target_rank: 2, interval: 2, orthogonality: 5.0}"
+    text = helpers.recipe_for(tiny_folders["llama"], tiny_data, tmp_path / "two", method=method)
+    text = text.replace("batch_size: 4", "batch_size: 3, gradient_accumulation_steps: 2").replace("epochs: 2", "epochs: 4")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "peftcli", "train", str(path), "--processes", "2"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    helpers.run(text, f"output_dir={tmp_path / 'one'}", "train.batch_size=6")
+    two, one = helpers.trace(tmp_path / "two"), helpers.trace(tmp_path / "one")
+    assert [r["step"] for r in two] == [r["step"] for r in one]
+    for a, b in zip(two, one, strict=True):
+        for key in ("loss", "grad_norm", "average_rank"):
+            if key in b:
+                assert a[key] == pytest.approx(b[key], rel=1e-4), (key, b["step"])
+    patterns = [json.loads((tmp_path / name / "adapter" / hf_peft.CONFIG).read_text())["rank_pattern"] for name in ("one", "two")]
+    assert patterns[0] == patterns[1]

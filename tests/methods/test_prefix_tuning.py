@@ -71,10 +71,10 @@ def test_a_whole_run(form: str, tmp_path: Path, tiny_folders: dict[str, Path], t
     cases.check_whole_run(f"{{name: prefix_tuning{form}}}", tmp_path, tiny_folders["llama"], tiny_data)
 
 
-def test_zeros_to_begin_with() -> None:
-    for form in FORMS:
-        model, _ = helpers.adapted(NAME, **case(form)[0], init="zero")
-        assert not model.result().any()
+def test_initial_values_have_the_spread_that_was_asked_for() -> None:
+    for spread in (0.0, 0.1, 0.5):
+        values = helpers.adapted(NAME, num_virtual_tokens=50, init_std=spread)[0].result()
+        assert abs(float(values.std()) - spread) <= 0.05 * spread
 
 
 def test_a_model_whose_layers_differ_or_take_no_prefix_is_refused() -> None:

@@ -122,7 +122,7 @@ def test_a_folder_with_a_run_is_not_overwritten_unasked(text: str, tmp_path: Pat
     assert {k: v for k, v in helpers.folder_bytes(tmp_path / "out").items() if k != "notes.txt"} == before
     helpers.run(text, "train.max_steps=2", overwrite=True)
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine", "what a run did not write stays"
-    assert len(helpers.trace(tmp_path / "out")) == 2
+    assert [record["step"] for record in helpers.trace(tmp_path / "out")] == [1, 2, 2], "two steps and the final evaluation"
 
 
 def test_a_folder_in_use_is_refused_and_names_the_holder(text: str, tmp_path: Path) -> None:
