@@ -108,15 +108,15 @@ def measured() -> str:
     for name, form in (("exact_match", "{:.1%}"), ("token_accuracy", "{:.1%}"), ("loss", "{:.4f}"), ("perplexity", "{:.3f}")):
         before, after = getattr(run.eval_before, name), getattr(run.eval, name)
         low, high = run.eval.intervals[name]
-        lines.append(
-            f"| {name.replace('_', ' ')} | {form.format(before)} | {form.format(after)} | {form.format(low)} to {form.format(high)} |"
-        )
-    train, where = run.train, run.environment
+        cells = (name.replace("_", " "), form.format(before), form.format(after), f"{form.format(low)} to {form.format(high)}")
+        lines.append("| " + " | ".join(cells) + " |")
+    train, where, model = run.train, run.environment, run.model
     return "\n".join(lines) + (
-        f"\n\n{run.method.name} on {run.model.parameters / 1e6:.0f} million parameters ({run.model.trainable_parameters / 1e6:.1f} million trained), "
-        f"{train.steps} steps, {train.tokens:,} tokens in {train.seconds:.0f} s: {train.tokens_per_second:.0f} tokens/s, "
+        f"\n\n{run.method.name} on {model.parameters / 1e6:.0f} million parameters ({model.trainable_parameters / 1e6:.1f} million "
+        f"trained), {train.steps} steps, {train.tokens:,} tokens in {train.seconds:.0f} s: {train.tokens_per_second:.0f} tokens/s, "
         f"{train.peak_memory_bytes / 2**30:.1f} GiB resident at the peak. {where.device_name}, {where.threads} threads, "
-        f"{where.cpu_capability}, {run.model.dtype}, torch {where.torch}, transformers {where.transformers}. No GPU figure has been measured yet."
+        f"{where.cpu_capability}, {model.dtype}, torch {where.torch}, transformers {where.transformers}. "
+        "No GPU figure has been measured yet."
     )
 
 

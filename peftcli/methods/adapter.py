@@ -61,7 +61,7 @@ class AdapterConfig(MethodConfig):
         description="`houlsby`: behind attention and feed-forward; `pfeiffer`: behind feed-forward; `parallel`: beside feed-forward.",
     )
     reduction_factor: float | None = Field(
-        None, gt=0.0, description="Width of the layer over that of the bottleneck; left out: 16, for parallel 2."
+        None, ge=0.1, description="Width of the layer over that of the bottleneck; left out: 16, for parallel 2."
     )
     bottleneck_size: int | None = Field(None, ge=1, le=65536, description="Width of the bottleneck itself, instead of reduction_factor.")
     non_linearity: Literal["relu", "gelu", "silu", "tanh"] | None = Field(

@@ -65,9 +65,11 @@ def module_options(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of :func:`module_fields`, PEFT's ``layers_to_transform`` included."""
     targets, layers = fields.get("target_modules"), fields.get("layers_to_transform")
     if isinstance(targets, list) and layers is not None:
-        wanted = [layers] if isinstance(layers, int) else layers
+        wanted = layers if isinstance(layers, list) else [layers]
+        if not all(isinstance(i, int) and i >= 0 for i in wanted):
+            raise ValueError(f"layers_to_transform is {layers!r}; allowed: the number of a block, or a list of numbers")
         ends = "|".join(re.escape(name) for name in sorted(targets))
-        targets = rf"(.*\.)?({'|'.join(str(i) for i in wanted)})\.(.*\.)?({ends})"
+        targets = rf"(.*\.)?({'|'.join(str(int(i)) for i in wanted)})\.(.*\.)?({ends})"
     return {
         "target_modules": sorted(targets) if isinstance(targets, list) else targets,
         "exclude_modules": sorted(fields.get("exclude_modules") or []),

@@ -15,7 +15,7 @@ import torch
 from peft.tuners.lokr.layer import factorization as stock_factorization
 from safetensors.torch import load_file
 
-from peftcli.errors import UsageError
+from peftcli.errors import CheckpointError, UsageError
 from peftcli.interchange import hf_peft
 from peftcli.merge import merge
 from peftcli.methods.base import Context
@@ -256,3 +256,18 @@ def test_files_are_the_same_to_the_byte(tmp_path: Path) -> None:
         fields = json.loads((tmp_path / name / "one" / hf_peft.CONFIG).read_text(encoding="utf-8"))
         assert fields["peft_type"] == name.upper()
         assert fields["target_modules"] == sorted(fields["target_modules"])
+
+
+def test_layers_to_transform_of_stock_peft(tmp_path: Path) -> None:
+    for layers, expected in ((1, 1), ([0, 1], 2)):
+        config = peft.LoHaConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], layers_to_transform=layers, init_weights=False)
+        other = peft.get_peft_model(helpers.tiny_model(), config)
+        other.save_pretrained(tmp_path)
+        model = hf_peft.apply_adapter(helpers.tiny_model(), hf_peft.read_adapter(tmp_path), Context())
+        assert len(adapter_layers(model)) == expected
+        assert helpers.same(helpers.logits(model), helpers.logits(other))
+    path = tmp_path / hf_peft.CONFIG
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**fields, "layers_to_transform": [[[]]]}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="not sound"):
+        hf_peft.read_adapter(tmp_path)
