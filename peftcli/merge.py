@@ -83,6 +83,14 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     return model
 
 
+def in_float32(model: nn.Module) -> nn.Module:
+    """Let ``model`` compute in float32, in place. Quantized layers keep their codes: only what they expand to is wider."""
+    for module in model.modules():
+        if quantization.is_quantized(module) and hasattr(module, "compute_dtype"):
+            module.compute_dtype = torch.float32
+    return model.float()
+
+
 def _stored_dtype(model: nn.Module) -> torch.dtype | None:
     """Of most of the frozen weights in floating point; ``None`` where there are none."""
     sizes: dict[torch.dtype, int] = {}
@@ -193,4 +201,4 @@ def check(result: Parity, folder: Path) -> None:
         )
 
 
-__all__ = ["NewTokens", "Parity", "check", "logits_of", "merge", "parity", "probe_rows"]
+__all__ = ["NewTokens", "Parity", "check", "in_float32", "logits_of", "merge", "parity", "probe_rows"]

@@ -21,6 +21,7 @@ from peftcli.errors import Busy, CheckpointError, PeftcliError, UsageError
 from peftcli.interchange import hf_peft
 from peftcli.methods.base import Method
 from peftcli.methods.kinds import trainable_state
+from peftcli.model.load import quiet
 from peftcli.recipe.schema import Recipe
 from peftcli.report.schema import LiveAdapterCheck
 
@@ -119,7 +120,8 @@ def save_result(folder: Path, model: Any, method: Method[Any], tokenizer: Any, r
         aside.mkdir(parents=True)
         if whole:
             set_stops(model, tokenizer)
-            model.save_pretrained(aside)
+            with quiet():
+                model.save_pretrained(aside)
         else:
             hf_peft.save_adapter(aside, model, method, base_model=recipe.base_model.name, revision=recipe.base_model.revision or revision)
         tokenizer.save_pretrained(aside)

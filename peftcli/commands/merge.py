@@ -14,7 +14,8 @@ from peftcli.commands.show import print_json
 from peftcli.data.prepare import prepare_eval
 from peftcli.data.templates import set_stops
 from peftcli.errors import CheckpointError, DataError, UsageError
-from peftcli.merge import Parity, check, logits_of, merge, parity, probe_rows
+from peftcli.merge import Parity, check, in_float32, logits_of, merge, parity, probe_rows
+from peftcli.model.load import quiet
 from peftcli.output import readable
 from peftcli.result import Result, open_result
 
@@ -35,8 +36,9 @@ def run(
         raise UsageError(f"{result.method.config.name} cannot be folded into the base: {result.method.costs}")
     device = next(result.model.parameters()).device
     rows = probe_rows(result.base.tokenizer, _held_out(result))
-    adapted = logits_of(result.model, rows, device)
-    merged = merge(result.model, _DTYPES[dtype] if dtype else None)
+    # Both sides are computed in float32, so that what is compared is the merge and not the rounding of bfloat16 products.
+    adapted = logits_of(in_float32(result.model), rows, device)
+    merged = merge(result.model, _DTYPES[dtype] if dtype else result.base.dtype)
     _save(merged, result, output)
     del merged
     result.model = None
@@ -46,7 +48,8 @@ def run(
 
 
 def _exact(result: Result, dtype: str | None) -> bool:
-    return result.base.dtype == torch.float32 and result.base.quantization is None and dtype in (None, "float32")
+    stored = _DTYPES[dtype] if dtype else result.base.dtype
+    return stored == torch.float32 and result.base.quantization is None
 
 
 def _held_out(result: Result) -> list[Any]:
@@ -70,7 +73,8 @@ def _save(model: Any, result: Result, output: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         set_stops(model, result.base.tokenizer)
-        model.save_pretrained(aside)
+        with quiet():
+            model.save_pretrained(aside)
         result.base.tokenizer.save_pretrained(aside)
         readable(aside)
         if output.exists():
@@ -84,11 +88,12 @@ def _save(model: Any, result: Result, output: Path) -> None:
 
 
 def _reload(folder: Path, device: torch.device) -> Any:
-    """The saved folder as anybody would load it."""
+    """The saved folder as anybody would load it, then computing in float32."""
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    return model.to(device).eval()
+    with quiet():
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    return model.float().to(device).eval()
 
 
 def report(compared: Parity, output: Path, json: bool) -> None:

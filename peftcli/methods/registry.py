@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 _METHODS: dict[str, str] = {
     "full": "peftcli.methods.full:Full",
+    "head_only": "peftcli.methods.head_only:HeadOnly",
+    "freeze": "peftcli.methods.freeze:Freeze",
+    "bitfit": "peftcli.methods.bitfit:BitFit",
     "adapter": "peftcli.methods.adapter:Adapter",
     "prefix_tuning": "peftcli.methods.prefix_tuning:PrefixTuning",
     "p_tuning": "peftcli.methods.p_tuning:PTuning",

@@ -146,7 +146,7 @@ def _load_model(source: Source, revision: str | None, dtype: torch.dtype, task: 
         # Newer versions leave GGUF weights in their blocks; training, quantizing and merging need them dense.
         extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        with _quiet(source):
+        with quiet(gguf=source.gguf_file is not None):
             model, info = auto.from_pretrained(
                 source.location,
                 gguf_file=source.gguf_file,
@@ -175,15 +175,15 @@ def _load_model(source: Source, revision: str | None, dtype: torch.dtype, task: 
 
 
 @contextlib.contextmanager
-def _quiet(source: Source) -> Iterator[None]:
-    """Load without the library's remarks and bars: a run has its own display. Downloads keep theirs."""
+def quiet(*, gguf: bool = False) -> Iterator[None]:
+    """Load or save without the library's remarks and bars: a run has its own display. Downloads keep theirs."""
     from transformers.utils import logging as shouting
 
     level, bars = shouting.get_verbosity(), shouting.is_progress_bar_enabled()
     shouting.set_verbosity_error()
     shouting.disable_progress_bar()
     # The bar of GGUF files knows no switch.
-    silence = contextlib.redirect_stderr(io.StringIO()) if source.gguf_file else contextlib.nullcontext()
+    silence = contextlib.redirect_stderr(io.StringIO()) if gguf else contextlib.nullcontext()
     try:
         with silence:
             yield
