@@ -87,7 +87,7 @@ def in_float32(model: nn.Module) -> nn.Module:
     """Let ``model`` compute in float32, in place. Quantized layers keep their codes: only what they expand to is wider."""
     for module in model.modules():
         if quantization.is_quantized(module) and hasattr(module, "compute_dtype"):
-            module.compute_dtype = torch.float32
+            cast(Any, module).compute_dtype = torch.float32
     return model.float()
 
 
