@@ -130,6 +130,7 @@ class _Run:
             seed=recipe.train.seed,
             max_positions=self.method.row_limit(base.max_positions),
         )
+        self.display.audit(data.audit.to_dict())
         for note in data.audit.notes:
             self.display.warn(note)
         unseen = set(base.new_token_ids).difference(*(map(int, row) for row in data.train.input_ids))

@@ -90,7 +90,9 @@ def show(facts: dict[str, Any], need: Estimate, data: Any, device: str) -> None:
     console.print(table)
     console.print(f"{facts['steps']:,} optimizer steps; every epoch trains {facts['train']['rows']:,} rows")
     parts = ", ".join(f"{name} {size(getattr(need, name))}" for name in _PARTS if getattr(need, name))
-    console.print(f"estimated peak memory on the {device}: [bold]{size(need.total)}[/] ({parts})")
+    console.print(
+        f"estimated peak memory of a step on the {device}: [bold]{size(need.total)}[/] ({parts}); the allocator's own caches come on top"
+    )
     for note in data.audit.notes:
         console.print(f"note: {note}", style="yellow", markup=False)
     console.print("\none row as the model sees it; only the highlighted tokens are learned:", style="bold")

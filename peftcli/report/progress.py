@@ -34,6 +34,9 @@ class Progress(Protocol):
     def note(self, message: str) -> None:
         """A phase begins, such as ``loading model``."""
 
+    def audit(self, facts: dict[str, Any]) -> None:
+        """The label audit before the first step: counts, and ``example``, a row as (text, supervised) pairs."""
+
     def advance(self, step: int) -> None:
         """``step`` optimizer steps are done. Called after every step, so it must be cheap."""
 
@@ -61,6 +64,8 @@ class NullProgress:
         """See :class:`Progress`; so are the following."""
 
     def note(self, message: str) -> None: ...
+
+    def audit(self, facts: dict[str, Any]) -> None: ...
 
     def advance(self, step: int) -> None: ...
 
@@ -112,6 +117,10 @@ class PlainProgress(_Lines):
     def note(self, message: str) -> None:
         self._write(message)
 
+    def audit(self, facts: dict[str, Any]) -> None:
+        self._write(f"{describe_audit(facts)}; one row, with what is learned in ⟦ ⟧:")
+        self._write("".join(f"⟦{text}⟧" if supervised else text for text, supervised in facts["example"]).rstrip())
+
     def step(self, record: dict[str, Any]) -> None:
         parts = [f"step {record['step']}/{self._total}" if self._total else f"step {record['step']}", *describe_step(record)]
         done = record["step"] - self._first
@@ -142,6 +151,9 @@ class JsonProgress(_Lines):
 
     def note(self, message: str) -> None:
         self._event("note", {"message": message})
+
+    def audit(self, facts: dict[str, Any]) -> None:
+        self._event("audit", facts)
 
     def step(self, record: dict[str, Any]) -> None:
         self._event("step", record)
@@ -194,6 +206,12 @@ class RichProgress(NullProgress):
     def note(self, message: str) -> None:
         self._bar.update(self._ensure(message), description=message, refresh=True)
 
+    def audit(self, facts: dict[str, Any]) -> None:
+        shown = Text(f"{describe_audit(facts)}; one row, with what is learned in green:\n")
+        for text, supervised in facts["example"]:
+            shown.append(text, style="bold green" if supervised else "dim")
+        self._console.print(shown)
+
     def advance(self, step: int) -> None:
         now = time.monotonic()
         if self._task is not None and (now - self._drawn >= _REDRAW_SECONDS or step >= self._total):
@@ -211,6 +229,13 @@ class RichProgress(NullProgress):
 
     def stop(self) -> None:
         self._bar.stop()
+
+
+def describe_audit(facts: dict[str, Any]) -> str:
+    """The counts of the label audit in one line."""
+    share = percent(facts["supervised_tokens"] / max(1, facts["tokens"]))
+    cut = f", {facts['truncated']:,} truncated, {facts['dropped']:,} dropped" if facts["truncated"] or facts["dropped"] else ""
+    return f"label audit: {facts['rows']:,} rows, {facts['supervised_tokens']:,} of {facts['tokens']:,} tokens carry loss ({share}){cut}"
 
 
 def describe_step(record: dict[str, Any]) -> list[str]:

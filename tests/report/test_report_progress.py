@@ -121,3 +121,22 @@ def test_a_reader_that_went_away_does_not_end_the_training() -> None:
     stream = Gone()
     tell(JsonProgress(stream))
     assert stream.attempts == 1
+
+
+AUDIT = {
+    "rows": 1200, "tokens": 50000, "supervised_tokens": 12500, "truncated": 3, "dropped": 0,
+    "example": [["<user>hi[b]", False], ["hello", True], ["\n", False]],
+}  # fmt: skip
+
+
+def test_the_label_audit_is_shown_before_the_first_step() -> None:
+    """Counts and one row, the learned tokens marked; markup in the row is text."""
+    plain, rich, lines = io.StringIO(), io.StringIO(), io.StringIO()
+    PlainProgress(plain).audit(AUDIT)
+    assert "1,200 rows, 12,500 of 50,000 tokens carry loss (25.0 %), 3 truncated, 0 dropped" in plain.getvalue()
+    assert "<user>hi[b]⟦hello⟧" in plain.getvalue()
+    RichProgress(Console(file=rich, force_terminal=True, color_system="standard", width=200)).audit(AUDIT)
+    assert "\x1b[1;32mhello" in rich.getvalue()
+    assert "<user>hi[b]" in rich.getvalue()
+    JsonProgress(lines).audit(AUDIT)
+    assert json.loads(lines.getvalue())["example"][1] == ["hello", True]
