@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -113,27 +114,47 @@ def save_result(folder: Path, model: Any, method: Method[Any], tokenizer: Any, r
     """Write ``adapter/`` (or ``model/`` for methods whose result is a whole model) and return that folder."""
     whole = method.caps.whole_model
     target = folder / ("model" if whole else "adapter")
-    aside = folder / f".{target.name}.partial"
-    if aside.exists():
-        shutil.rmtree(aside)
-    try:
-        aside.mkdir(parents=True)
+
+    def write(aside: Path) -> None:
         if whole:
-            set_stops(model, tokenizer)
-            with quiet():
-                model.save_pretrained(aside)
+            write_model(aside, model, tokenizer)
         else:
             hf_peft.save_adapter(aside, model, method, base_model=recipe.base_model.name, revision=recipe.base_model.revision or revision)
-        tokenizer.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
         (aside / "README.md").write_text(model_card(recipe, method, whole=whole), encoding="utf-8")
+
+    put_in_place(target, write, hint="free some space, then go on with --resume.")
+    return target
+
+
+def write_model(folder: Path, model: Any, tokenizer: Any) -> None:
+    """A whole model and its tokenizer as ``from_pretrained`` loads them; answers end where the chat template ends them."""
+    set_stops(model, tokenizer)
+    with quiet():
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def put_in_place(target: Path, write: Callable[[Path], None], *, hint: str) -> None:
+    """Let ``write`` fill a folder aside, then put it in the place of ``target``: whole or not at all.
+
+    Raises:
+        CheckpointError: the disk is full or fails; what was there before stays.
+    """
+    aside = target.with_name(f".{target.name}.partial")
+    try:
+        if aside.exists():
+            shutil.rmtree(aside)
+        aside.mkdir(parents=True)
+        write(aside)
+        readable(aside)
         if target.exists():
             shutil.rmtree(target)
         os.replace(aside, target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{target} cannot be written: {reason}", hint="free some space, then go on with --resume.") from error
-    return target
+        raise CheckpointError(f"{target} cannot be written: {reason}", hint=hint) from error
 
 
 def readable(folder: Path) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from peftcli.commands.show import print_json, share, size
+from peftcli.commands.show import print_json
 from peftcli.data.audit import plain_example, render_example
 from peftcli.data.prepare import prepare
 from peftcli.estimate import Estimate, estimate, fake_model
@@ -19,6 +19,7 @@ from peftcli.model.load import load_tokenizer, resolve_dtype
 from peftcli.model.source import resolve
 from peftcli.plan import count_steps, make_plan
 from peftcli.recipe.load import LoadedRecipe
+from peftcli.report.text import percent, size
 from peftcli.result import default_device
 
 
@@ -78,7 +79,7 @@ def show(facts: dict[str, Any], need: Estimate, data: Any, device: str) -> None:
     model = facts["model"]
     console.print(
         f"{model['name']}: {need.parameters:,} parameters, {need.trainable:,} trained "
-        f"({share(need.trainable / need.parameters)}) by {facts['method']}",
+        f"({percent(need.trainable / need.parameters)}) by {facts['method']}",
         markup=False,
     )
     table = Table()

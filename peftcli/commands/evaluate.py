@@ -9,13 +9,14 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
-from peftcli.commands.show import print_json, share
+from peftcli.commands.show import print_json
 from peftcli.data.prepare import prepare_eval
 from peftcli.errors import UsageError
 from peftcli.evaluate import Evaluator, Scores, is_match
 from peftcli.methods.kinds import trains_base_weights
 from peftcli.model.task import CausalLM, supports_packing
 from peftcli.recipe.schema import DatasetSection, EvalSection
+from peftcli.report.text import percent
 from peftcli.result import open_result
 
 
@@ -91,6 +92,6 @@ def table(scores: Scores, title: str) -> Table:
         value = getattr(scores, name)
         if value is not None:
             low, high = scores.intervals[name]
-            form = share if name in ("exact_match", "token_accuracy") else "{:.4f}".format
+            form = percent if name in ("exact_match", "token_accuracy") else "{:.4f}".format
             shown.add_row(name.replace("_", " "), form(value), f"{form(low)} to {form(high)}")
     return shown

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,10 @@ from rich.console import Console
 
 from peftcli.commands.show import print_json
 from peftcli.data.prepare import prepare_eval
-from peftcli.data.templates import set_stops
-from peftcli.errors import CheckpointError, DataError, UsageError
+from peftcli.errors import DataError, UsageError
 from peftcli.merge import Parity, check, in_float32, logits_of, merge, parity, probe_rows
 from peftcli.model.load import quiet
-from peftcli.output import readable
+from peftcli.output import put_in_place, write_model
 from peftcli.result import Result, open_result
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -39,8 +37,9 @@ def run(
     # Both sides are computed in float32, so that what is compared is the merge and not the rounding of bfloat16 products.
     adapted = logits_of(in_float32(result.model), rows, device)
     merged = merge(result.model, _DTYPES[dtype] if dtype else result.base.dtype)
-    _save(merged, result, output)
-    del merged
+    write = partial(write_model, model=merged, tokenizer=result.base.tokenizer)
+    put_in_place(output, write, hint="free some space or choose another folder.")
+    del merged, write
     result.model = None
     compared = parity(adapted, logits_of(_reload(output, device), rows, device), exact=_exact(result, dtype))
     report(compared, output, json)
@@ -65,26 +64,6 @@ def _held_out(result: Result) -> list[Any]:
     except DataError:
         return []
     return list(split.input_ids[:_ROWS])
-
-
-def _save(model: Any, result: Result, output: Path) -> None:
-    aside = output.with_name(f".{output.name}.partial")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        set_stops(model, result.base.tokenizer)
-        with quiet():
-            model.save_pretrained(aside)
-        result.base.tokenizer.save_pretrained(aside)
-        readable(aside)
-        if output.exists():
-            shutil.rmtree(output)
-        os.replace(aside, output)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(
-            f"{output} cannot be written: {error.strerror or error}", hint="free some space or choose another folder."
-        ) from error
 
 
 def _reload(folder: Path, device: torch.device) -> Any:

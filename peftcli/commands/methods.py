@@ -12,7 +12,7 @@ from peftcli.commands.show import print_json
 from peftcli.methods import registry
 from peftcli.recipe.schema import TrainSection
 
-_RECIPE = """base_model: HuggingFaceTB/SmolLM2-135M-Instruct{quantization}
+_RECIPE = """base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 method: {{name: {name}{options}}}
 dataset: {{train: rows.jsonl, eval_fraction: 0.05, max_length: 1024}}
 train: {{epochs: 2, batch_size: 8, learning_rate: {rate:g}}}
@@ -105,7 +105,6 @@ def recipe_for(found: dict[str, Any]) -> str:
     text = _RECIPE.format(
         name=found["name"],
         options=options,
-        quantization="",
         rate=found["recommended"].get("train.learning_rate", TrainSection.model_fields["learning_rate"].default),
     )
     if model:

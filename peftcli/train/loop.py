@@ -82,11 +82,12 @@ class Loop:
                 factor = learning_rate_factor(progress.step + 1, self.total_steps, self.settings)
                 for group, peak in zip(self.optimizer.param_groups, peak_lrs, strict=True):
                     group["lr"] = peak * factor
-                total, norm = self._step(step, progress)
+                supervised = sum(int(self.split.supervised[row][1:].sum()) for row in step.rows)
+                total, norm = self._step(step, supervised, progress)
                 progress.seconds += time.perf_counter() - clock
                 clock = time.perf_counter()
                 last = progress.step == self.total_steps
-                self._log(progress, total, norm, step, last)
+                self._log(progress, total, norm, supervised, last)
                 improved = self._evaluate(progress) if self._due(self.settings.eval_steps, progress.step) and not last else False
                 patience = self.settings.early_stopping_patience
                 if patience is not None and progress.evaluations_without_gain >= patience:
@@ -105,11 +106,10 @@ class Loop:
                 progress.epoch, progress.position = progress.epoch + 1, 0
         return progress
 
-    def _step(self, step: StepPlan, progress: checkpoints.Progress) -> tuple[torch.Tensor, float]:
+    def _step(self, step: StepPlan, supervised: int, progress: checkpoints.Progress) -> tuple[torch.Tensor, float]:
         """One optimizer step; returns the summed loss of this process's tokens and the gradient's norm."""
         accelerator, share = self.accelerator, step.shares[self.accelerator.process_index]
         rows = step.rows
-        supervised = sum(int(self.split.supervised[row][1:].sum()) for row in rows)
         # DDP averages gradients over the processes; the factor turns its mean back into the sum.
         scale = accelerator.num_processes / max(1, supervised)
         total = torch.zeros((), device=accelerator.device, dtype=torch.float64)
@@ -150,8 +150,7 @@ class Loop:
             silent=silent,
         )
 
-    def _log(self, progress: checkpoints.Progress, total: torch.Tensor, norm: float, step: StepPlan, last: bool) -> None:
-        supervised = sum(int(self.split.supervised[row][1:].sum()) for row in step.rows)
+    def _log(self, progress: checkpoints.Progress, total: torch.Tensor, norm: float, supervised: int, last: bool) -> None:
         due = self._due(self.settings.logging_steps, progress.step) or progress.step == 1 or last
         progress.window_tokens += supervised
         progress.window_loss += float(self.accelerator.reduce(total, reduction="sum"))
