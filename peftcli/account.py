@@ -100,14 +100,18 @@ def _train(recipe: Recipe, loop: Loop) -> rs.TrainInfo:
         batch_order=f"{'shuffled' if plan.shuffle else 'file order'}, seed {plan.seed}",
         optimizer=recipe.train.optimizer,
         resumed_from=loop.resumed_from,
-        fast_paths=["packed rows", "loss on supervised positions only"] if loop.packed else [],
+        fast_paths=["packed rows", "loss on supervised positions only"] if loop.layout.packed else [],
     )
 
 
 def eval_info(scores: dict[str, Any]) -> rs.EvalInfo:
     """The report's form of :class:`Scores` (as a plain dict, which is how checkpoints keep it)."""
     return rs.EvalInfo(
-        **{k: scores[k] for k in ("loss", "perplexity", "token_accuracy", "supervised_tokens", "rows", "exact_match", "seconds")},
+        loss=scores["loss"],
+        metrics=scores["metrics"],
+        supervised_tokens=scores["units"],
+        rows=scores["rows"],
+        seconds=scores["seconds"],
         intervals={k: (v[0], v[1]) for k, v in scores["intervals"].items()},
         generated=len(scores["answers"]) or None,
     )

@@ -28,6 +28,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Override recipe values, such as train.learning_rate=1e-4.", show_default=False),
 ]
+ResultPaths = Annotated[
+    list[Path], typer.Argument(metavar="RUN_OR_ADAPTER", help="Folders of runs or adapters of one base.", show_default=False)
+]
 ResultPath = Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run's folder, or an adapter's.", show_default=False)]
 BaseModel = Annotated[
     str | None, typer.Option("--base-model", help="Base model, when it is not where the run or adapter says.", show_default=False)
@@ -122,20 +125,80 @@ def evaluate(
 
 @app.command()
 def merge(
-    result: ResultPath,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the merged model.", show_default=False)],
+    results: ResultPaths,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for what is written.", show_default=False)],
+    combine: Annotated[
+        str | None,
+        typer.Option(
+            "--combine",
+            help="How several become one: linear (weighted sum of the changes they make to each weight, exactly; the default), "
+            "ties (large entries only, a sign elected for each place), dare (random entries, scaled up), "
+            "svd (the sum, cut to a rank). As adapters these are PEFT's cat, ties_svd, dare_linear_svd and svd; PEFT's `linear` "
+            "averages LoRA's factors instead, which is no sum of the changes.",
+            show_default=False,
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option("--weights", help="One for each, such as 0.7,0.3; default: equal, summing to 1 (ties: 1).", show_default=False),
+    ] = None,
+    density: Annotated[
+        float | None,
+        typer.Option("--density", help="Share of the entries that ties (default 0.2) and dare (0.5) keep.", show_default=False),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", min=1, help="Rank for svd and --as adapter; default: the largest of the LoRAs'.", show_default=False),
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of what dare drops; default 0.", show_default=False)] = None,
+    form: Annotated[
+        str, typer.Option("--as", help="model: folded into the base. adapter: one LoRA for peft, exact where it can be, and it says so.")
+    ] = "model",
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="float32 or bfloat16; default: that of the base.", show_default=False)
     ] = None,
     base_model: BaseModel = None,
+    quantization: Annotated[
+        str | None, typer.Option("--quantization", help="Of the base: nf4, fp4, int8 or none; default: the run's.", show_default=False)
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
     json: Json = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
-    """Fold an adapter into its base and prove that the merged model computes the same."""
-    from peftcli.commands import merge as command
+    """Fold an adapter into its base, or combine several, and prove that what is written computes the same."""
+    alone = len(results) == 1 and form == "model" and (combine, weights, density, rank, seed) == (None,) * 5
+    if alone:
+        from peftcli.commands import merge as command
 
-    command.run(result, output, dtype=dtype, base_model=base_model, overwrite=overwrite, json=json, trust_remote_code=trust_remote_code)
+        command.run(
+            results[0],
+            output,
+            dtype=dtype,
+            base_model=base_model,
+            quantization=quantization,
+            overwrite=overwrite,
+            json=json,
+            trust_remote_code=trust_remote_code,
+        )
+        return
+    from peftcli.commands import combine as several
+
+    several.run(
+        results,
+        output,
+        weights=weights,
+        rule=combine,
+        density=density,
+        rank=rank,
+        seed=seed,
+        form=form,
+        dtype=dtype,
+        base_model=base_model,
+        quantization=quantization,
+        overwrite=overwrite,
+        as_json=json,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 @app.command()
@@ -152,48 +215,70 @@ def check(recipe: RecipePath, overrides: Overrides = None, json: Json = False, t
 @app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False, help="Explain this method.")] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Try every method on tiny models now; takes half a minute.")] = False,
     json: Json = False,
 ) -> None:
-    """List the fine-tuning methods, or explain one."""
+    """List the fine-tuning methods with what each was seen to do, or explain one."""
     from peftcli.commands import methods as command
 
-    command.run(name, json=json)
+    command.run(name, live=probe, json=json)
 
 
 @app.command()
 def init(
-    path: Annotated[Path, typer.Argument(metavar="[FILE]", help="Recipe to write.")] = Path("recipe.yaml"),
+    path: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="Recipe to write; default: recipe.yaml.", show_default=False)
+    ] = None,
     model: Annotated[str | None, typer.Option("--model", help="Base model.", show_default=False)] = None,
     data: Annotated[str | None, typer.Option("--data", help="Training rows.", show_default=False)] = None,
     method: Annotated[str | None, typer.Option("--method", help="Fine-tuning method.", show_default=False)] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", help="What a run may take, such as 24GB; default: what is free.", show_default=False)
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The same as FILE.", show_default=False)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    json: Json = False,
 ) -> None:
-    """Write a commented recipe to start from."""
+    """Write a commented recipe; with --model and --data, one that fits the model, the rows and the machine, and why."""
     from peftcli.commands import init as command
 
-    command.run(path, model=model, data=data, method=method, overwrite=overwrite)
+    if path is not None and output is not None:
+        raise typer.BadParameter("FILE and --output exclude each other")
+    target = path or output or Path("recipe.yaml")
+    command.run(target, model=model, data=data, method=method, memory=memory, overwrite=overwrite, json=json)
 
 
 @app.command()
 def chat(
-    result: ResultPath,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this and exit.", show_default=False)] = None,
+    results: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="RUN_OR_ADAPTER", help="Folders of runs or adapters of one base; the first answers.", show_default=False),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option("--adapter", metavar="NAME=PATH", help="One more, under a name of your own.", show_default=False)
+    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Let each answer this, and exit.", show_default=False)] = None,
     system: Annotated[str | None, typer.Option("--system", help="System prompt.", show_default=False)] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")] = 256,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token.")] = 0.0,
     base_model: BaseModel = None,
+    quantization: Annotated[
+        str | None, typer.Option("--quantization", help="Of the base: nf4, fp4, int8 or none; default: the run's.", show_default=False)
+    ] = None,
     trust_remote_code: RemoteCode = False,
 ) -> None:
-    """Talk to a tuned model."""
+    """Talk to tuned models; /help lists what switches between adapters of one base, which is loaded once."""
     from peftcli.commands import chat as command
 
     command.run(
-        result,
+        results or [],
+        adapter or [],
         prompt=prompt,
         system=system,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         base_model=base_model,
+        quantization=quantization,
         trust_remote_code=trust_remote_code,
     )
 

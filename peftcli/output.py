@@ -22,9 +22,10 @@ from peftcli.errors import Busy, CheckpointError, PeftcliError, UsageError
 from peftcli.interchange import hf_peft
 from peftcli.methods.base import Method
 from peftcli.methods.kinds import trainable_state
-from peftcli.model.load import quiet
+from peftcli.model.load import Base, quiet
 from peftcli.recipe.schema import Recipe
 from peftcli.report.schema import LiveAdapterCheck
+from peftcli.tasks.base import Task
 
 RESULTS = ("recipe.yaml", "adapter", "model", "metrics.jsonl", "report.json", "report.md", "report.html", "checkpoints", "trackers")
 
@@ -110,8 +111,9 @@ def _checksum(parameter: Tensor) -> tuple[int, int]:
     return int(bits.sum()), int((bits * place).sum())
 
 
-def save_result(folder: Path, model: Any, method: Method[Any], tokenizer: Any, recipe: Recipe, revision: str | None) -> Path:
+def save_result(folder: Path, model: Any, method: Method[Any], task: Task[Any], base: Base, recipe: Recipe) -> Path:
     """Write ``adapter/`` (or ``model/`` for methods whose result is a whole model) and return that folder."""
+    tokenizer = base.tokenizer
     whole = method.caps.whole_model
     target = folder / ("model" if whole else "adapter")
 
@@ -119,9 +121,17 @@ def save_result(folder: Path, model: Any, method: Method[Any], tokenizer: Any, r
         if whole:
             write_model(aside, model, tokenizer)
         else:
-            hf_peft.save_adapter(aside, model, method, base_model=recipe.base_model.name, revision=recipe.base_model.revision or revision)
+            hf_peft.save_adapter(
+                aside,
+                model,
+                method,
+                base_model=recipe.base_model.name,
+                revision=recipe.base_model.revision or base.revision,
+                task_type=task.peft_type,
+                fresh=base.fresh,
+            )
             tokenizer.save_pretrained(aside)
-        (aside / "README.md").write_text(model_card(recipe, method, whole=whole), encoding="utf-8")
+        (aside / "README.md").write_text(model_card(recipe, method, task, whole=whole), encoding="utf-8")
 
     put_in_place(target, write, hint="free some space, then go on with --resume.")
     return target
@@ -165,22 +175,24 @@ def readable(folder: Path) -> None:
         file.chmod(0o666 & ~mask)
 
 
-def model_card(recipe: Recipe, method: Method[Any], *, whole: bool) -> str:
+def model_card(recipe: Recipe, method: Method[Any], task: Task[Any], *, whole: bool) -> str:
     """The README.md beside the weights: what it is and how to load it. A function of the recipe alone."""
     options = {k: v for k, v in recipe.method.model_dump(mode="json").items() if k != "name"}
+    head = task.head()
+    size = "" if head is None else f", num_labels={len(head.labels)}"
     how = (
-        'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")'
+        f'model = {task.auto_model}.from_pretrained("THIS_FOLDER")'
         if whole
-        else f'base = AutoModelForCausalLM.from_pretrained("{recipe.base_model.name}")\n'
+        else f'base = {task.auto_model}.from_pretrained("{recipe.base_model.name}"{size})\n'
         'model = PeftModel.from_pretrained(base, "THIS_FOLDER")'
     )
-    imports = "from transformers import AutoModelForCausalLM, AutoTokenizer" + ("" if whole else "\nfrom peft import PeftModel")
+    imports = f"from transformers import {task.auto_model}, AutoTokenizer" + ("" if whole else "\nfrom peft import PeftModel")
     use = f'```python\n{imports}\n\n{how}\ntokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")\n```'
     library = "transformers" if whole else "peft"
     if not whole and method.peft is not None and not method.peft.stock:
         library, use = "peftcli", "```bash\npeftcli chat THIS_FOLDER\npeftcli eval THIS_FOLDER --data rows.jsonl\n```"
-    head = {"base_model": recipe.base_model.name, "library_name": library, "tags": [method.config.name, "peftcli"]}
-    front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())
+    known = {"base_model": recipe.base_model.name, "library_name": library, "tags": [method.config.name, "peftcli"]}
+    front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in known.items())
     rows = "\n".join(f"| {key} | `{json.dumps(value)}` |" for key, value in options.items())
     table = f"| option | value |\n| --- | --- |\n{rows}\n" if rows else ""
     sources = ", ".join(source.path for source in recipe.dataset.train)

@@ -62,9 +62,12 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
     return flat
 
 
-def resolved(loaded: LoadedRecipe, dtype: str, folder: Path) -> Recipe:
-    """The recipe as the run's folder keeps it: with the dtype that the machine decided, and local paths as seen from there."""
-    recipe = loaded.recipe
+def resolved(loaded: LoadedRecipe, recipe: Recipe, dtype: str, folder: Path) -> Recipe:
+    """The recipe as the run's folder keeps it: with the dtype that the machine decided, and local paths as seen from there.
+
+    Args:
+        loaded: says where its relative paths start. ``recipe``: the loaded one, with what the run has settled.
+    """
 
     def seen(path: str | None) -> str | None:
         if path is None or Path(path).is_absolute() or not loaded.resolve_path(path).exists():

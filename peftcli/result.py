@@ -12,9 +12,12 @@ from peftcli.errors import CheckpointError, ModelError, UsageError
 from peftcli.interchange import hf_peft
 from peftcli.methods import registry
 from peftcli.methods.base import Context, Method
-from peftcli.model.load import Base, load_base
+from peftcli.model.load import Base, load_base, open_base
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.schema import BaseModelSection, Recipe
+from peftcli.recipe.tasks import CausalLMTask
+from peftcli.tasks import registry as tasks
+from peftcli.tasks.base import Task
 
 DTYPES = ("auto", "float32", "bfloat16")
 QUANTIZATIONS = ("nf4", "fp4", "int8")
@@ -27,7 +30,7 @@ class Result:
     Attributes:
         model: base with the adapter applied, in evaluation mode.
         base: how it was loaded; ``base.tokenizer`` is the one saved with the result.
-        method: ``None`` for a plain model folder.
+        method: ``None`` for a plain model folder. ``task``: what it has learned.
         recipe: of the run, where there is one; ``base_dir`` is where its relative paths start.
         weights: folder of the adapter or model.
     """
@@ -35,9 +38,50 @@ class Result:
     model: Any
     base: Base
     method: Method[Any] | None
+    task: Task[Any]
     recipe: Recipe | None
     base_dir: Path
     weights: Path
+
+
+@dataclass(frozen=True)
+class Place:
+    """A result that has been found on disk, its base not yet loaded.
+
+    Attributes:
+        recipe, base_dir, weights: as of :class:`Result`.
+        adapter: ``None`` where the result is a whole model.
+        section: which base it is for; the whole model itself where there is no recipe.
+    """
+
+    recipe: Recipe | None
+    base_dir: Path
+    weights: Path
+    adapter: hf_peft.AdapterFile | None
+    section: BaseModelSection
+
+    @property
+    def method(self) -> Method[Any] | None:
+        """``None`` for a plain model folder."""
+        if self.recipe is not None:
+            return registry.get(self.recipe.method.name)(self.recipe.method)
+        return self.adapter.method if self.adapter is not None else None
+
+    @property
+    def task(self) -> Task[Any]:
+        """What it has learned; an adapter without a recipe continues text."""
+        return tasks.make(self.recipe.task if self.recipe is not None else CausalLMTask())
+
+    @property
+    def seed(self) -> int:
+        """Of the initial values that its base was given."""
+        return self.recipe.train.seed if self.recipe is not None else 0
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """Where the result has a tokenizer of its own, and where it has none."""
+        has_tokenizer = any((self.weights / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
+        return self.weights if has_tokenizer else None
 
 
 def default_device() -> torch.device:
@@ -67,11 +111,8 @@ def open_result(
     """
     _allowed("--dtype", dtype, DTYPES)
     _allowed("--quantization", quantization, (*QUANTIZATIONS, "none"))
-    recipe, base_dir, weights = _locate(path)
-    device = default_device()
-    is_adapter = (weights / hf_peft.CONFIG).is_file()
-    adapter = hf_peft.read_adapter(weights) if is_adapter else None
-    section = _section(recipe, adapter, weights, base_model)
+    place = locate(path, base_model)
+    adapter, section = place.adapter, place.section
     update: dict[str, object] = {"new_tokens": []}
     if dtype is not None:
         update["dtype"] = dtype
@@ -80,21 +121,27 @@ def open_result(
     if adapter is None and with_adapter:
         update["quantization"] = None if quantization in (None, "none") else quantization
     section = section.model_copy(update=update)
-    name = section.name if adapter is not None or not with_adapter else str(weights)
-    has_tokenizer = any((weights / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
-    base = load_base(
+    name = section.name if adapter is not None or not with_adapter else str(place.weights)
+    opened = open_base(
         section.model_copy(update={"name": name}),
-        device=device,
-        base_dir=base_dir,
+        device=default_device(),
+        base_dir=place.base_dir,
         trust_remote_code=trust_remote_code,
-        tokenizer_folder=weights if has_tokenizer else None,
+        tokenizer_folder=place.tokenizer_folder,
     )
-    method = registry.get(recipe.method.name)(recipe.method) if recipe is not None else adapter.method if adapter is not None else None
+    base = load_base(opened, auto_model=place.task.auto_model, head=place.task.head(), seed=place.seed)
     model = base.model
     if adapter is not None and with_adapter:
-        model = hf_peft.apply_adapter(model, adapter, Context(frozen_quantized=base.quantization is not None))
+        model = hf_peft.apply_adapter(model, adapter, Context(frozen_quantized=base.quantization is not None, fresh=base.fresh))
         model.eval()
-    return Result(model, base, method, recipe, base_dir, weights)
+    return Result(model, base, place.method, place.task, place.recipe, place.base_dir, place.weights)
+
+
+def locate(path: Path, base_model: str | None = None) -> Place:
+    """Find and check what lies in ``path``, without loading the base; see :func:`open_result`."""
+    recipe, base_dir, weights = _locate(path)
+    adapter = hf_peft.read_adapter(weights) if (weights / hf_peft.CONFIG).is_file() else None
+    return Place(recipe, base_dir, weights, adapter, _section(recipe, adapter, weights, base_model))
 
 
 def _allowed(option: str, value: str | None, allowed: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,10 +19,9 @@ from peftcli.errors import CheckFailed, CheckpointError, DataError, PeftcliError
 from peftcli.evaluate import Evaluator, Scores
 from peftcli.interchange import hf_peft
 from peftcli.methods import registry
-from peftcli.methods.base import Context, Method
+from peftcli.methods.base import Context, Method, TrainingBatch
 from peftcli.methods.kinds import trains_base_weights
-from peftcli.model.load import Base, load_base
-from peftcli.model.task import CausalLM, supports_packing
+from peftcli.model.load import Base, load_base, open_base
 from peftcli.plan import count_steps, flatten, identity, make_plan, resolved
 from peftcli.recipe.load import LoadedRecipe
 from peftcli.recipe.redact import redact
@@ -31,10 +31,13 @@ from peftcli.report import schema as rs
 from peftcli.report.metrics import MetricsWriter, read_metrics
 from peftcli.report.progress import Progress as Display
 from peftcli.report.write import hash_files, write_report
+from peftcli.tasks import registry as tasks
+from peftcli.tasks.base import Layout, Task
 from peftcli.train import checkpoint as checkpoints
 from peftcli.train.loop import Loop, load_trainable
 from peftcli.train.memory import reset_peak
 from peftcli.train.optimizers import build_optimizer
+from peftcli.train.preview import training_batches
 from peftcli.train.signals import Interrupted, StopRequest
 
 # Rows on which the model in memory and the model read back from disk are compared.
@@ -82,17 +85,25 @@ class _Run:
             state,
         )
         self.method: Method[Any] = registry.get(self.recipe.method.name)(self.recipe.method)
+        self.task: Task[Any] = tasks.make(self.recipe.task)
 
     def story(self) -> rs.Report:
         """Load, train, save, check, evaluate, report."""
-        self.display.note("loading the base model")
-        self.base = self._load()
+        self.opened = open_base(
+            self.recipe.base_model,
+            device=self.state.device,
+            base_dir=self.loaded.base_dir,
+            trust_remote_code=self.options.trust_remote_code,
+        )
         self.display.note("reading the data")
         self.data = self._read()
-        self.packed = supports_packing(self.base.model, self.base.model.config.get_text_config().vocab_size, longest=self._longest())
+        self.display.note("loading the base model")
+        self.base = self._load()
+        packed = self.task.packs(self.base.model, self.base.model.config.get_text_config().vocab_size, self._longest())
+        self.layout = Layout(packed, self.base.tokenizer.pad_token_id, self.state.device)
         resumed = _find_checkpoint(self.folder, self.display) if self.options.resume else None
         before = None if resumed else self._measure_base()
-        self._apply()
+        self._apply(resumed)
         with StopRequest() as stop:
             loop = self._loop(stop, before, resumed)
             try:
@@ -112,30 +123,30 @@ class _Run:
         return self._report(loop, saved, check, after)
 
     def _load(self) -> Base:
-        return load_base(
-            self.recipe.base_model,
-            device=self.state.device,
-            base_dir=self.loaded.base_dir,
-            trust_remote_code=self.options.trust_remote_code,
+        base = load_base(
+            self.opened,
+            auto_model=self.task.auto_model,
+            head=self.task.head(),
+            seed=self.recipe.train.seed,
             master_weights=self.method.caps.whole_model,
             keep_dense=self.method.needs_dense_weights(),
         )
+        if base.fresh:
+            self.display.note(f"{', '.join(base.fresh)} has no weights in {base.source.name} and starts anew")
+        return base
 
     def _read(self) -> Prepared:
-        recipe, base = self.recipe, self.base
-        data = prepare(
-            recipe.dataset,
-            base.tokenizer,
-            base_dir=self.loaded.base_dir,
-            seed=recipe.train.seed,
-            max_positions=self.method.row_limit(base.max_positions),
-        )
+        recipe, opened = self.recipe, self.opened
+        rows = self.task.rows(recipe.dataset, opened.tokenizer)
+        limit = self.method.row_limit(opened.max_positions)
+        data = prepare(rows, base_dir=self.loaded.base_dir, seed=recipe.train.seed, max_positions=limit)
+        self.recipe = recipe.model_copy(update={"task": self.task.settle(rows)})
         self.display.audit(data.audit.to_dict())
         for note in data.audit.notes:
             self.display.warn(note)
-        unseen = set(base.new_token_ids).difference(*(map(int, row) for row in data.train.input_ids))
+        unseen = set(opened.new_token_ids).difference(*(map(int, data.train.first_ids(row)) for row in range(len(data.train.origins))))
         if unseen:
-            names = ", ".join(base.tokenizer.convert_ids_to_tokens(sorted(unseen)))
+            names = ", ".join(opened.tokenizer.convert_ids_to_tokens(sorted(unseen)))
             raise DataError(f"base_model.new_tokens: {names} occurs in no training row, so its embedding would stay as it is")
         self.state.wait_for_everyone()
         return data
@@ -147,18 +158,27 @@ class _Run:
         if self.data.eval is None or not self.recipe.eval.before:
             return None
         self.display.note("evaluating the base model")
-        self.task = CausalLM(self.base.model)
+        self.bare = self.task.module(self.base.model)
         return self._scores(self._evaluator(self.data.eval, mixed=self._computes_mixed(self.base.model)))
 
     def _computes_mixed(self, model: torch.nn.Module) -> bool:
         """Whether products run in bfloat16 over float32 weights, by autocast."""
         return self.base.dtype == torch.bfloat16 and (self.method.caps.whole_model or trains_base_weights(model))
 
-    def _apply(self) -> None:
+    def _apply(self, resumed: checkpoints.Checkpoint | None) -> None:
         """Put the method to work and prepare what Accelerate prepares."""
         recipe, base, method = self.recipe, self.base, self.method
         quantized = base.quantization is not None
-        ctx = Context(recipe.train.seed, base.new_token_ids, quantized, encode=base.encode, dense_weights=base.dense_weights)
+        ctx = Context(
+            recipe.train.seed,
+            base.new_token_ids,
+            quantized,
+            encode=base.encode,
+            fresh=base.fresh,
+            dense_weights=base.dense_weights,
+            batches=self._batches,
+            resumed=resumed.method if resumed else {},
+        )
         self.model = cast(Any, method.apply(base.model, ctx))
         base.dense_weights.clear()
         if self.options.init_adapter is not None:
@@ -169,19 +189,24 @@ class _Run:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         mixed = self._computes_mixed(self.model)
         self.accelerator = _accelerator(recipe, self.folder, mixed)
-        self.task = CausalLM(self.model)
+        self.bare = self.task.module(self.model)
         groups = method.param_groups(self.model, recipe.train.learning_rate, recipe.train.weight_decay)
         self.optimizer = build_optimizer(groups, recipe.train, self.accelerator.device)
-        self.module = self.accelerator.prepare_model(self.task)
+        self.module = self.accelerator.prepare_model(self.bare)
         self.check_evaluator = self._evaluator(self.data.eval or self.data.train, mixed=mixed)
         self.evaluator = self.check_evaluator if self.data.eval is not None else None
 
+    def _batches(self) -> Iterator[TrainingBatch]:
+        """The training batches, for a method that looks at them before it starts."""
+        plan = make_plan(self.recipe, self.data, self.state.num_processes)
+        return training_batches(plan, self.data.train, self.task, self.layout)
+
     def _evaluator(self, split: Any, *, mixed: bool) -> Evaluator:
-        return Evaluator(self.state, split, self.base.tokenizer, self.packed, self.recipe.eval.batch_size, mixed)
+        return Evaluator(self.state, self.task, split, self.base.tokenizer, self.layout, self.recipe.eval.batch_size, mixed)
 
     def _scores(self, evaluator: Evaluator) -> Scores:
         options = self.recipe.eval
-        return evaluator.scores(self.task, generate=options.generate, max_new_tokens=options.max_new_tokens, limit=options.generate_limit)
+        return evaluator.scores(self.bare, generate=options.generate, max_new_tokens=options.max_new_tokens, limit=options.generate_limit)
 
     def _loop(self, stop: StopRequest, before: Scores | None, resumed: checkpoints.Checkpoint | None) -> Loop:
         recipe, accelerator = self.recipe, self.accelerator
@@ -190,12 +215,15 @@ class _Run:
         writer = None
         if accelerator.is_main_process:
             dtype = str(self.base.dtype).removeprefix("torch.")
-            (self.folder / "recipe.yaml").write_text(redact(dump_recipe(resolved(self.loaded, dtype, self.folder))), encoding="utf-8")
+            (self.folder / "recipe.yaml").write_text(
+                redact(dump_recipe(resolved(self.loaded, self.recipe, dtype, self.folder))), encoding="utf-8"
+            )
             last = resumed.progress.step if resumed else None
             writer = MetricsWriter(self.folder / "metrics.jsonl", append=resumed is not None, truncate_after_step=last)
         return Loop(
             accelerator=accelerator,
             method=self.method,
+            task=self.task,
             module=self.module,
             model=self.model,
             optimizer=self.optimizer,
@@ -203,9 +231,8 @@ class _Run:
             plan=plan,
             settings=recipe.train,
             total_steps=total_steps,
-            packed=self.packed,
-            pad_id=self.base.tokenizer.pad_token_id,
-            evaluate=lambda: self.evaluator.scores(self.task).plain() if self.evaluator is not None else None,
+            layout=self.layout,
+            evaluate=lambda: self.evaluator.scores(self.bare).plain() if self.evaluator is not None else None,
             metrics=writer,
             display=self.display,
             folder=self.folder / "checkpoints",
@@ -219,7 +246,7 @@ class _Run:
         progress = loop.progress
         if not self.recipe.train.load_best_model_at_end or self.evaluator is None or progress.best_loss is None:
             return
-        final = self.evaluator.scores(self.task).loss
+        final = self.evaluator.scores(self.bare).loss
         if final <= progress.best_loss:
             progress.best_loss, progress.best_step = final, progress.step
             return
@@ -234,7 +261,7 @@ class _Run:
         self.state.wait_for_everyone()
         saved, check = None, None
         if self.state.is_main_process:
-            saved = output.save_result(self.folder, self.model, self.method, self.base.tokenizer, self.recipe, self.base.revision)
+            saved = output.save_result(self.folder, self.model, self.method, self.task, self.base, self.recipe)
             measure = self.check_evaluator
             check = output.live_check(
                 saved,
@@ -242,7 +269,7 @@ class _Run:
                 self.method,
                 self.marks,
                 steps=loop.progress.step,
-                loss=lambda: measure.scores(self.task, rows=_CHECK_ROWS, alone=True).loss,
+                loss=lambda: measure.scores(self.bare, rows=_CHECK_ROWS, alone=True).loss,
             )
         self.state.wait_for_everyone()
         return saved, check

@@ -17,29 +17,45 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from peftcli.commands.methods import among, facts, families, merges
 from peftcli.data.templates import shipped
-from peftcli.methods import registry
+from peftcli.errors import RecipeError
+from peftcli.probe import FAMILIES, stored
+from peftcli.recipe.load import parse_recipe
 from peftcli.recipe.render import reference_markdown
 from peftcli.report.schema import Report
+from peftcli.report.text import percent
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 
 
 def methods() -> str:
-    """A table of the methods."""
-    lines = ["| method | what it does | 4- or 8-bit base | merges | result | paper |", "| --- | --- | --- | --- | --- | --- |"]
-    for name in registry.names():
-        method = registry.get(name)
-        caps = method.caps
-        result = "`model/`" if caps.whole_model else "`adapter/`"
-        row = (f"`{name}`", method.summary, _yes(caps.quantized_base), "is whole" if caps.whole_model else _yes(caps.mergeable), result)
-        lines.append("| " + " | ".join((*row, f"[{method.paper.rpartition('/')[2]}]({method.paper})")) + " |")
-    return "\n".join(lines)
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
+    """A table of the methods, from the registry and from what a probe found."""
+    own = list(stored())
+    lines = [
+        "| method | what it does | trains | merges | NF4 base | families | PEFT type | paper |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in own:
+        row = facts(name, stored()[name])
+        cells = (
+            f"`{name}`",
+            row["summary"],
+            percent(row["trainable_share"]),
+            merges(row),
+            among(row["nf4"], row["families"]),
+            families(row),
+        )
+        paper = f"[{row['paper'].rpartition('/')[2]}]({row['paper']})"
+        lines.append("| " + " | ".join((*cells, f"`{row['peft']}`" if row["peft"] else "none", paper)) + " |")
+    titles = ", ".join(family.title for family in FAMILIES.values())
+    counted = dict.fromkeys(stored()[name].counted_on for name in own)
+    note = (
+        f"Found by trying each method with its default options on tiny models (families: {titles}), and by counting on the shape of "
+        f"{' or, without biases there, of '.join(counted)}; `peftcli methods --probe` tries again."
+    )
+    return "\n".join([*lines, "", note])
 
 
 def templates() -> str:
@@ -106,7 +122,7 @@ def measured() -> str:
         raise SystemExit("scripts/results/quickstart.json has no evaluation; make figures")
     lines = ["| 64 held-out rows | base model | tuned | 95 % interval of tuned |", "| --- | --- | --- | --- |"]
     for name, form in (("exact_match", "{:.1%}"), ("token_accuracy", "{:.1%}"), ("loss", "{:.4f}"), ("perplexity", "{:.3f}")):
-        before, after = getattr(run.eval_before, name), getattr(run.eval, name)
+        before, after = run.eval_before.figure(name), run.eval.figure(name)
         low, high = run.eval.intervals[name]
         cells = (name.replace("_", " "), form.format(before), form.format(after), f"{form.format(low)} to {form.format(high)}")
         lines.append("| " + " | ".join(cells) + " |")
@@ -120,7 +136,25 @@ def measured() -> str:
     )
 
 
+FAULTY = """\
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+method: {name: lora, rnk: 16}
+dataset: {train: rows.jsonl, format: mesages}
+train: {epochs: 2, learning_rate: fast}
+"""
+
+
+def faults() -> str:
+    """What a recipe with three mistakes is answered with."""
+    try:
+        parse_recipe(FAULTY, "recipe.yaml")
+    except RecipeError as error:
+        return f"```\nerror: {error.message}\n```"
+    raise SystemExit("the faulty recipe has no fault")
+
+
 PARTS = {
+    "faults": faults,
     "measured": measured,
     "methods": methods,
     "reference": reference_markdown,

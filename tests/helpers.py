@@ -17,24 +17,30 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
+from peftcli import output
 from peftcli.data.batching import Plan, collate
-from peftcli.data.splits import Split, SplitCounts
+from peftcli.data.splits import SplitCounts, TextSplit
 from peftcli.interchange import hf_peft
 from peftcli.kernels import attention
 from peftcli.methods import registry
 from peftcli.methods.base import Context, Method
-from peftcli.model.load import quantize
-from peftcli.model.task import CausalLM
+from peftcli.model.load import Base, quantize
+from peftcli.model.source import Source
 from peftcli.recipe.load import parse_recipe
-from peftcli.recipe.schema import TrainSection
+from peftcli.recipe.schema import Recipe, TrainSection
+from peftcli.recipe.tasks import CausalLMTask
 from peftcli.report.progress import NullProgress
 from peftcli.report.schema import Report
 from peftcli.run import Options, train
+from peftcli.tasks import registry as tasks
+from peftcli.tasks.base import Layout
+from peftcli.tasks.causal_lm import CausalLM
 from peftcli.train.loop import Loop
 from peftcli.train.optimizers import build_optimizer
 from peftcli.train.signals import StopRequest
 
 VOCABULARY = 264
+CAUSAL_LM = tasks.make(CausalLMTask())
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -57,7 +63,7 @@ def tiny_tokenizer() -> Any:
 
 
 def tiny_config(kind: str) -> Any:
-    """``llama`` (grouped-query attention), ``llama-mha``, ``llama-tied``, ``gpt2`` (tied, Conv1D)."""
+    """``llama`` (grouped-query attention), ``llama-bias`` (the same with biases), ``llama-mha``, ``llama-tied``, ``gpt2`` (tied, Conv1D)."""
     if kind == "gpt2":
         return GPT2Config(
             vocab_size=VOCABULARY, n_positions=256, n_embd=64, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
@@ -66,7 +72,7 @@ def tiny_config(kind: str) -> Any:
     return LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4 if kind == "llama-mha" else 2, max_position_embeddings=256, tie_word_embeddings=kind == "llama-tied",
-        bos_token_id=0, eos_token_id=1, pad_token_id=3, initializer_range=0.1,
+        bos_token_id=0, eos_token_id=1, pad_token_id=3, initializer_range=0.1, attention_bias=kind == "llama-bias", mlp_bias=kind == "llama-bias",
     )  # fmt: skip
 
 
@@ -134,7 +140,7 @@ def logits(model: Any, ids: Tensor | None = None) -> Tensor:
     return result
 
 
-def make_split(lengths: Sequence[int], seed: int = 0, prompt: int = 1) -> Split:
+def make_split(lengths: Sequence[int], seed: int = 0, prompt: int = 1) -> TextSplit:
     """Rows of random tokens; all but the first ``prompt`` tokens of a row carry loss, in some rows fewer."""
     generator = np.random.Generator(np.random.PCG64(seed))
     ids = [generator.integers(4, 260, n).astype(np.int32) for n in lengths]
@@ -144,19 +150,19 @@ def make_split(lengths: Sequence[int], seed: int = 0, prompt: int = 1) -> Split:
         mask[: prompt + (index % 3 if n > prompt + 3 else 0)] = False
         masks.append(mask)
     counts = SplitCounts(len(ids), sum(lengths), int(sum(m.sum() for m in masks)), 0, 0, max(lengths))
-    return Split(ids, masks, [f"rows.jsonl:{i + 1}" for i in range(len(ids))], counts, [], [], (1,))
+    return TextSplit([f"rows.jsonl:{i + 1}" for i in range(len(ids))], counts, [], ids, masks, stop_ids=(1,))
 
 
-def pattern_split(rows: int = 16, length: int = 10) -> Split:
+def pattern_split(rows: int = 16, length: int = 10) -> TextSplit:
     """A task that any adapter learns: the row repeats one of four tokens."""
     ids = [np.full(length, 10 + i % 4, dtype=np.int32) for i in range(rows)]
     masks = [np.asarray([False] + [True] * (length - 1)) for _ in ids]
     counts = SplitCounts(rows, rows * length, rows * (length - 1), 0, 0, length)
-    return Split(ids, masks, [f"rows.jsonl:{i + 1}" for i in range(rows)], counts, [], [], (1,))
+    return TextSplit([f"rows.jsonl:{i + 1}" for i in range(rows)], counts, [], ids, masks, stop_ids=(1,))
 
 
 def make_loop(
-    model: Any, method: Method[Any], split: Split, folder: Path, *, steps: int, packed: bool = True,
+    model: Any, method: Method[Any], split: TextSplit, folder: Path, *, steps: int, packed: bool = True,
     evaluate: Callable[[], dict[str, float] | None] = lambda: None, metrics: Any = None, identity: dict[str, Any] | None = None, **settings: Any,
 ) -> Loop:  # fmt: skip
     """A loop over a tiny model, on the CPU, in this process."""
@@ -170,13 +176,13 @@ def make_loop(
     accelerator = Accelerator(cpu=True)
     optimizer = build_optimizer(method.param_groups(model, section.learning_rate, section.weight_decay), section, accelerator.device)
     return Loop(
-        accelerator=accelerator, method=method, module=CausalLM(model), model=model, optimizer=optimizer, split=split, plan=plan,
-        settings=section, total_steps=steps, packed=packed, pad_id=3, evaluate=evaluate, metrics=metrics, display=NullProgress(),
+        accelerator=accelerator, method=method, task=CAUSAL_LM, module=CausalLM(model), model=model, optimizer=optimizer, split=split, plan=plan,
+        settings=section, total_steps=steps, layout=Layout(packed, 3), evaluate=evaluate, metrics=metrics, display=NullProgress(),
         folder=folder / "checkpoints", identity=identity or {}, stop=StopRequest(),
     )  # fmt: skip
 
 
-def loss_of(model: Any, split: Split, *, packed: bool = True) -> Tensor:
+def loss_of(model: Any, split: TextSplit, *, packed: bool = True) -> Tensor:
     """Summed loss of all rows in one batch."""
     total: Tensor = CausalLM(model)(collate(split.input_ids, split.supervised, packed=packed, pad_id=3)).total
     return total
@@ -226,6 +232,13 @@ def trace(folder: Path) -> list[dict[str, Any]]:
     clock = ("seconds", "tokens_per_second", "peak_memory_bytes")
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{k: v for k, v in record.items() if k not in clock} for record in records]
+
+
+def save_result(folder: Path, model: Any, method: Method[Any], recipe: Recipe) -> Path:
+    """The result of a run over a tiny model, as the run writes it."""
+    source = Source("tiny", "tiny", None, True)
+    base = Base(model, tiny_tokenizer(), source, torch.float32, recipe.base_model.quantization, None, (), 0)
+    return output.save_result(folder, model, method, CAUSAL_LM, base, recipe)
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:

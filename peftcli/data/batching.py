@@ -33,6 +33,7 @@ class Batch:
         targets: [supervised] those next tokens.
         documents: where the rows lie when packed, else ``None``.
         attention_mask: [rows, longest] int64 when padded, else ``None``.
+        counts: tokens that carry loss in each row.
         rows, tokens: counts without padding.
     """
 
@@ -42,6 +43,7 @@ class Batch:
     targets: Tensor
     documents: Documents | None
     attention_mask: Tensor | None
+    counts: tuple[int, ...]
     rows: int
     tokens: int
 
@@ -65,9 +67,9 @@ def collate(
     positions: list[NDArray[np.int64]] = []
     targets: list[IntArray] = []
     offset = 0
-    for ids, mask in zip(input_ids, supervised, strict=True):
+    for ids, learned in zip(input_ids, supervised, strict=True):
         if not silent:
-            keep = np.flatnonzero(mask[1:])
+            keep = np.flatnonzero(learned[1:])
             positions.append(keep + offset)
             targets.append(ids[1:][keep])
         offset += len(ids) if packed else longest
@@ -78,13 +80,10 @@ def collate(
         documents: Documents | None = Documents([len(row) for row in input_ids], device)
         attention_mask = None
     else:
-        ids_array = np.full((len(input_ids), longest), pad_id, dtype=np.int64)
-        mask_array = np.zeros((len(input_ids), longest), dtype=np.int64)
-        for index, row in enumerate(input_ids):
-            ids_array[index, : len(row)] = row
-            mask_array[index, : len(row)] = 1
+        padded, mask = pad(input_ids, pad_id)
+        ids_array = padded.numpy()
         place = np.broadcast_to(np.arange(longest), ids_array.shape).copy()
-        documents, attention_mask = None, torch.from_numpy(mask_array).to(device)
+        documents, attention_mask = None, mask.to(device)
 
     def tensor(array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array.astype(np.int64))).to(device)
@@ -97,9 +96,21 @@ def collate(
         targets=tensor(np.concatenate(targets) if targets else empty),
         documents=documents,
         attention_mask=attention_mask,
+        counts=tuple(map(len, positions)) or (0,) * len(input_ids),
         rows=len(input_ids),
         tokens=tokens,
     )
+
+
+def pad(rows: Sequence[NDArray[np.generic]], value: int) -> tuple[Tensor, Tensor]:
+    """Rows of different lengths as [rows, longest] int64, padded on the right with ``value``, and the mask of what is real."""
+    longest = max(len(row) for row in rows)
+    padded = np.full((len(rows), longest), value, dtype=np.int64)
+    mask = np.zeros((len(rows), longest), dtype=np.int64)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = row
+        mask[index, : len(row)] = 1
+    return torch.from_numpy(padded), torch.from_numpy(mask)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ format                    columns (optional ones in brackets)           becomes
 ``prompt_completion``     prompt, completion                            raw text for strings, conversation for lists
 ``alpaca``                instruction, output [input system]            conversation with a chat template, else raw text
 ``text``                  text                                          document
+``classification``        text, label [text_pair]                       labelled text
 ========================  ============================================  ==========================================
 
 ``prompt`` and ``completion`` strings are used as they are, without a chat template and without a separator between them,
@@ -18,12 +19,13 @@ In the conversational form of ``prompt_completion`` only the completion's assist
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from peftcli.data.faults import Faults
 from peftcli.data.messages import EmptyAnswer, RowFault, read_messages, read_text, read_tools
-from peftcli.data.neutral import Completion, Conversation, Document, Item, Message
+from peftcli.data.neutral import Completion, Conversation, Document, Item, Labelled, Message
 from peftcli.data.readers import Row
 from peftcli.errors import DataError, nearest
 
@@ -34,6 +36,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "prompt_completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
     "text": ("text",),
+    "classification": ("text", "label"),
 }
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "messages": ("tools",),
@@ -41,6 +44,7 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "prompt_completion": ("tools",),
     "alpaca": ("input", "system"),
     "text": (),
+    "classification": ("text_pair",),
 }
 _ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -53,25 +57,27 @@ _ALPACA = (
 )
 
 
-def known_formats() -> str:
+def known_formats(formats: Sequence[str] = tuple(REQUIRED)) -> str:
     """The formats with their columns, for a message."""
-    return "; ".join(f"{name} ({', '.join(columns)})" for name, columns in REQUIRED.items())
+    return "; ".join(f"{name} ({', '.join(REQUIRED[name])})" for name in formats)
 
 
-def detect(columns: Iterable[str], mapping: Mapping[str, str], where: str) -> str:
-    """The format whose columns are there once ``mapping`` (ours: yours) is applied.
+def detect(columns: Iterable[str], mapping: Mapping[str, str], where: str, formats: Sequence[str]) -> str:
+    """The one of ``formats`` whose columns are there once ``mapping`` (ours: yours) is applied.
 
     Raises:
         DataError: no format fits, or the rows are preference pairs; the message lists the columns and says how to map them.
     """
     theirs = list(columns)
     available = set(mapping) | set(theirs) - set(mapping.values())
-    if {"chosen", "rejected"} <= set(theirs) and "completion" not in mapping:
+    plain = "prompt_completion" in formats
+    if plain and {"chosen", "rejected"} <= set(theirs) and "completion" not in mapping:
         raise DataError(
             f"{where}: the columns {', '.join(theirs)} are preference pairs; this run trains on single answers",
             hint="name the answers to learn: dataset.format: prompt_completion with dataset.columns: {prompt: ..., completion: chosen}",
         )
-    for name, required in REQUIRED.items():
+    for name in formats:
+        required = REQUIRED[name]
         if set(required) <= available:
             if "label" in theirs and name in ("messages", "prompt_completion"):
                 raise DataError(
@@ -79,10 +85,14 @@ def detect(columns: Iterable[str], mapping: Mapping[str, str], where: str) -> st
                     hint=f"to learn every answer, whatever its label, name the format: dataset.format: {name}",
                 )
             return name
+    example = "prompt_completion" if plain else formats[0]
+    first, *_, last = REQUIRED[example] if len(REQUIRED[example]) > 1 else (*REQUIRED[example], "")
+    mapped = f"{first}: {theirs[0] if theirs else 'question'}" + (
+        f", {last}: {theirs[-1] if len(theirs) > 1 else 'answer'}" if last else ""
+    )
     raise DataError(
-        f"{where}: no known format has the columns {', '.join(theirs) or '(none)'}",
-        hint=f"map them with dataset.columns, for example {{prompt: {theirs[0] if theirs else 'question'}, completion: "
-        f"{theirs[-1] if len(theirs) > 1 else 'answer'}}}. Known formats: {known_formats()}",
+        f"{where}: no {'known format' if plain else 'format of this task'} has the columns {', '.join(theirs) or '(none)'}",
+        hint=f"map them with dataset.columns, for example {{{mapped}}}. Known formats: {known_formats(formats)}",
     )
 
 
@@ -162,6 +172,8 @@ class Converter:
                 return self._prompt_completion(row, values)
             case "alpaca":
                 return self._alpaca(row, values)
+            case "classification":
+                return self._labelled(row, values)
         text = read_text(values["text"], self._theirs("text"))
         if not text.strip():
             raise EmptyAnswer(self._theirs("text"))
@@ -212,6 +224,24 @@ class Converter:
         if not completion.strip():
             raise EmptyAnswer(self._theirs("completion"))
         return Completion(prompt, completion, row.origin, prompt)
+
+    def _labelled(self, row: Row, values: dict[str, Any]) -> Labelled:
+        column, label = self._theirs("label"), values["label"]
+        text = read_text(values["text"], self._theirs("text"))
+        pair = values["text_pair"]
+        if isinstance(label, list):
+            if not all(isinstance(name, (str, int)) and not isinstance(name, bool) for name in label):
+                raise RowFault(f"{column}: a list of labels holds names or whole numbers, not {label!r}")
+            label = tuple(str(name) for name in label)
+        elif isinstance(label, bool):
+            label = str(label).lower()
+        elif not isinstance(label, (str, int, float)):
+            raise RowFault(f"{column}: {label!r} is no label", hint="a label is a name, a number, or a list of names")
+        elif isinstance(label, float) and not math.isfinite(label):
+            raise RowFault(f"{column}: {label!r} is not a finite number")
+        if label == "":
+            raise EmptyAnswer(column)
+        return Labelled(text, None if pair is None else read_text(pair, self._theirs("text_pair")), label, row.origin)
 
     def _alpaca(self, row: Row, values: dict[str, Any]) -> Item:
         instruction = read_text(values["instruction"], self._theirs("instruction"))

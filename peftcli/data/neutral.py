@@ -67,7 +67,18 @@ class Document:
     origin: str
 
 
-Item = Conversation | Completion | Document
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A text or a pair of texts with its label: a name, a list of names, or a number; ``None`` where it is not known yet."""
+
+    text: str
+    text_pair: str | None
+    label: str | int | float | tuple[str, ...]
+    origin: str
+
+
+TextItem = Conversation | Completion | Document
+Item = TextItem | Labelled
 
 
 def digest(item: Item) -> bytes:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
 
 from peftcli.data.tokenize import Ids, Mask
 
@@ -37,27 +41,79 @@ class GenerationExample:
 
 
 @dataclass(frozen=True)
-class Split:
-    """Tokenized rows.
+class Split(ABC):
+    """Rows of one split, ready to be laid into batches. What a row holds is the task's matter.
 
     Attributes:
-        input_ids, supervised: for each row, arrays of the same shape (length,).
         origins: the place of each row.
         counts: plain counts.
         dropped_origins: places of the rows left out, the first 1000.
-        generation: held-out rows to be answered; empty for training rows and documents.
+        generation: held-out rows to be answered; empty where the task writes no answers.
         stop_ids: the tokens that end an answer in these rows, EOS among them: where generation stops.
+    """
+
+    origins: list[str]
+    counts: SplitCounts
+    dropped_origins: list[str]
+    generation: list[GenerationExample] = field(default_factory=list, kw_only=True)
+    stop_ids: tuple[int, ...] = field(default=(), kw_only=True)
+
+    @property
+    @abstractmethod
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each row, as the model sees them."""
+
+    @abstractmethod
+    def units(self, row: int) -> int:
+        """What the loss of row number ``row`` is divided by: its supervised tokens, or 1 where the row itself is judged."""
+
+    @abstractmethod
+    def first_ids(self, row: int) -> Ids:
+        """The token ids of row number ``row``, for looking at: those that go into the model first."""
+
+
+@dataclass(frozen=True)
+class TextSplit(Split):
+    """Rows of text whose next tokens are learned.
+
+    Attributes:
+        input_ids, supervised: for each row, arrays of the same shape (length,).
     """
 
     input_ids: list[Ids]
     supervised: list[Mask]
-    origins: list[str]
-    counts: SplitCounts
-    dropped_origins: list[str]
-    generation: list[GenerationExample]
-    stop_ids: tuple[int, ...]
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of each row."""
         return tuple(len(row) for row in self.input_ids)
+
+    def units(self, row: int) -> int:
+        return int(self.supervised[row][1:].sum())  # nothing precedes the first token
+
+    def first_ids(self, row: int) -> Ids:
+        return self.input_ids[row]
+
+
+@dataclass(frozen=True)
+class LabelledSplit(Split):
+    """Rows of text, each with a label as a whole.
+
+    Attributes:
+        input_ids: for each row, an array of shape (length,).
+        segments: token type ids of the same shapes (which of two texts a token belongs to), where the tokenizer gives them.
+        targets: float64 [rows, outputs]: the class's index in one column, a 0 or 1 for each label, or the number.
+    """
+
+    input_ids: list[Ids]
+    segments: list[Ids] | None
+    targets: npt.NDArray[np.float64]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(len(row) for row in self.input_ids)
+
+    def units(self, row: int) -> int:
+        return 1
+
+    def first_ids(self, row: int) -> Ids:
+        return self.input_ids[row]

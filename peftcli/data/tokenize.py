@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peftcli.data.faults import Faults
-from peftcli.data.neutral import Completion, Conversation, Document, Item
+from peftcli.data.neutral import Completion, Conversation, Document, TextItem
 from peftcli.data.spans import Locator
 from peftcli.data.templates import Renderer, RenderFault
 from peftcli.errors import DataError
@@ -115,7 +115,7 @@ class Encoder:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    def encode(self, items: Sequence[Item], *, exact_prompts: bool = False) -> list[Encoded]:
+    def encode(self, items: Sequence[TextItem], *, exact_prompts: bool = False) -> list[Encoded]:
         """Tokenize rows, in their order and uncut.
 
         Args:
@@ -142,7 +142,7 @@ class Encoder:
         faults.raise_if_any()
         return encoded
 
-    def _plan(self, item: Item) -> _Plan:
+    def _plan(self, item: TextItem) -> _Plan:
         match item:
             case Document():
                 return _Plan(item.text, [], [(0, len(item.text))], True, True, None, "", "", item.origin)

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +25,8 @@ from peftcli.errors import CheckpointError, UsageError
 from peftcli.interchange.peft_rules import as_peft_means, check_ranks, new_tokens, settled_pattern, take_base_weights
 from peftcli.methods import registry
 from peftcli.methods.base import Context, Method
-from peftcli.methods.kinds import AdapterLayer, adapter_layers, trainable_state, whole_modules
+from peftcli.methods.kinds import AdapterLayer, Wrapper, adapter_layers, trainable_state, whole_modules
+from peftcli.methods.targets import classification_heads
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # The version of PEFT whose files these are; stock peft reads it to convert older files.
@@ -71,7 +72,9 @@ def file_key(model: nn.Module, method: Method[Any], name: str) -> str:
         plain += ".base_layer"  # the base's own parameter, such as a trained bias
     keys = method.peft.keys if method.peft else {}
     suffix = keys.get(attribute, attribute) if isinstance(owner, AdapterLayer) else attribute
-    prefix = method.peft.prefix if method.peft else _PREFIX
+    # PEFT puts prompts around the whole model, and everything else into it.
+    inside = isinstance(model, Wrapper) and name.startswith("base.")
+    prefix = "base_model." if inside else method.peft.prefix if method.peft else _PREFIX
     return f"{prefix}{plain}.{suffix}" if plain else f"{prefix}{suffix}"
 
 
@@ -80,19 +83,31 @@ def _without_base(model: nn.Module, path: str) -> str:
     parts: list[str] = []
     module = model
     for part in path.split(".") if path else []:
-        if not (isinstance(module, AdapterLayer) and part == "base"):
+        if not (isinstance(module, (AdapterLayer, Wrapper)) and part == "base"):
             parts.append(part)
         module = module.get_submodule(part)
     return ".".join(parts)
 
 
 def save_adapter(
-    folder: Path, model: nn.Module, method: Method[Any], *, base_model: str, revision: str | None, task_type: str = "CAUSAL_LM"
+    folder: Path,
+    model: nn.Module,
+    method: Method[Any],
+    *,
+    base_model: str,
+    revision: str | None,
+    task_type: str = "CAUSAL_LM",
+    fresh: Sequence[str] = (),
 ) -> list[Path]:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (float32) into ``folder``; returns the two paths."""
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (float32) into ``folder``; returns the two paths.
+
+    Args:
+        fresh: modules that the base has no weights for; trained and saved whole, as a classifier's head is.
+    """
     if method.peft is None:
         raise CheckpointError(f"{method.config.name} has no file format of PEFT's")
     folder.mkdir(parents=True, exist_ok=True)
+    new = [*classification_heads(model), *fresh]
     fields = {
         "peft_type": method.peft.peft_type,
         "task_type": task_type,
@@ -105,9 +120,10 @@ def save_adapter(
     }
     if "tokenizer_name_or_path" in fields and fields.get("prompt_tuning_init_text") is not None:
         fields["tokenizer_name_or_path"] = base_model
-    if fields.get("modules_to_save"):
+    if "modules_to_save" in fields and not isinstance(model, Wrapper):
         # Whole names: PEFT takes every module whose name ends with the text, `input_layernorm` for `norm`.
-        fields["modules_to_save"] = sorted(whole_modules(model, fields["modules_to_save"]))
+        named = {*whole_modules(model, fields["modules_to_save"] or ()), *(name for name in new if _trained(model, name))}
+        fields["modules_to_save"] = sorted(named) or fields["modules_to_save"]
     for key in ("rank_pattern", "alpha_pattern"):
         if fields.get(key) and hasattr(method.config, key):
             # In the order in which the options have them.
@@ -123,6 +139,12 @@ def save_adapter(
     return [config, weights]
 
 
+def _trained(model: nn.Module, name: str) -> bool:
+    """Whether the module called ``name`` is trained whole, and not adapted."""
+    module = model.get_submodule(name)
+    return not isinstance(module, AdapterLayer) and any(p.requires_grad for p in module.parameters())
+
+
 def read_adapter(folder: Path) -> AdapterFile:
     """Read and check an adapter folder.
 
@@ -131,7 +153,7 @@ def read_adapter(folder: Path) -> AdapterFile:
             that are not finite.
     """
     path = folder / CONFIG
-    fields = _read_config(path)
+    fields = read_config(path)
     peft_type = fields.get("peft_type")
     classes = {name: registry.get(name) for name in registry.names()}
     found = next((name for name, cls in classes.items() if cls.peft is not None and cls.peft.peft_type == peft_type), None)
@@ -151,7 +173,12 @@ def read_adapter(folder: Path) -> AdapterFile:
     return AdapterFile(folder, fields, tensors, method, ids, layers)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The JSON object of an adapter's config.
+
+    Raises:
+        CheckpointError: it is missing, too large or no JSON object.
+    """
     try:
         if path.stat().st_size > _MAX_CONFIG:
             raise CheckpointError(f"{path} is larger than {_MAX_CONFIG} bytes; that is no adapter's config")
@@ -246,4 +273,5 @@ def load_tensors(model: nn.Module, method: Method[Any], tensors: Mapping[str, Te
         for key, parameter in wanted.items():
             if tensors[key].shape != parameter.shape:
                 raise CheckpointError(f"{origin}: {key} is {tuple(tensors[key].shape)}, the model needs {tuple(parameter.shape)}")
-            parameter.copy_(tensors[key])
+            # A tensor of its own, never a write in place: what was there may be the base's, which other adapters share.
+            parameter.data = tensors[key].to(parameter, copy=True)

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from peftcli.errors import CheckpointError
@@ -109,6 +108,6 @@ def take_base_weights(model: Any, wanted: Iterable[str], tensors: Mapping[str, T
                     f"{origin}: {key}{middle}.weight is {tuple(stored.shape)}, the model's is {tuple(module.weight.shape)}",
                     hint="the vocabulary was resized for this adapter: its tokenizer files must lie beside it.",
                 )
-            with torch.no_grad():
-                module.weight.copy_(stored)
+            # Not in place, for the same reason as in `hf_peft.load_tensors`.
+            module.weight.data = stored.to(module.weight, copy=True)
     return left

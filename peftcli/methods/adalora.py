@@ -28,7 +28,7 @@ class AdaLoraConfig(MethodConfig):
     init_rank: int = Field(12, ge=1, le=16384, description="Triplets that every matrix starts with.")
     target_rank: int = Field(8, ge=1, le=16384, description="Triplets that a matrix keeps at the end, on average.")
     min_rank: int = Field(
-        1, ge=0, description="Triplets that every matrix keeps. The paper's rule is 0: whole matrices may fall out of the adapter."
+        0, ge=0, description="Triplets that every matrix keeps. With 0, the paper's rule, whole matrices may fall out of the adapter."
     )
     alpha: float = Field(32.0, gt=0.0, description="The update is scaled by alpha / init_rank.")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout on the input of the adapter.")
@@ -37,7 +37,7 @@ class AdaLoraConfig(MethodConfig):
     modules_to_save: list[str] = Field([], description="Modules that are trained and saved whole beside the adapter.")
     initial_ratio: float = Field(0.1, ge=0.0, lt=1.0, description="Share of the steps before the budget begins to fall.")
     final_ratio: float = Field(
-        0.15, ge=0.0, lt=1.0, description="Share of the steps after the ranks are settled; the paper takes up to half."
+        0.5, ge=0.0, lt=1.0, description="Share of the steps after the ranks are settled; the paper's runs take about half."
     )
     interval: int = Field(10, ge=1, description="Steps from one allocation to the next while the budget falls.")
     beta1: float = Field(0.85, gt=0.0, lt=1.0, description="Smoothing of a weight's sensitivity.")
@@ -100,6 +100,7 @@ class AdaLora(LayerMethod[AdaLoraConfig]):
     summary = "LoRA as P diag(E) Q, with a rank budget that moves to the matrices where it matters."
     solves = "One fixed rank everywhere: spends the same number of ranks where they matter most."
     costs = "More hyper-parameters, a state three times the adapter's size while training, and needs the length of the run."
+    choose = "A fixed budget of parameters, and a run long enough (some thousand steps) for ranks to move where they matter."
     caps = Caps(mergeable=True, quantized_base=True, identity_at_init=True)
     recommended: ClassVar[dict[str, object]] = {"train.learning_rate": 1e-3}
     peft = PeftFormat("ADALORA", {"trainable_tokens_delta": "token_adapter.trainable_tokens_delta"}, empty=True)

@@ -8,7 +8,7 @@ only through this module.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -73,6 +73,20 @@ class Tick:
     epoch: int
 
 
+class TrainingBatch(NamedTuple):
+    """One batch of the run's training rows, for methods that look at the data before they start.
+
+    Attributes:
+        forward: runs a model on the batch.
+        tokens: [rows, length] bool, where there are tokens and not padding.
+        supervised: [rows, length] bool, the positions whose output carries loss.
+    """
+
+    forward: Callable[[nn.Module], object]
+    tokens: Tensor
+    supervised: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """What a method is told when it is applied to a model.
@@ -83,9 +97,13 @@ class Context:
         frozen_quantized: the base's linear layers are quantized.
         new_token_layers: ends of the names of the layers whose rows are trained; ``None``: embedding and output layer.
         encode: token ids of a text, by the model's tokenizer, where there is one.
+        fresh: modules that the base has no weights for; they are trained whole, like a classifier's head.
         from_file: an adapter's file is about to give all values, so initial ones do not matter.
         dense_weights: by module name, the weights [out, in] of quantized layers as they were before, on the CPU, where the
             method asked for them (:meth:`Method.needs_dense_weights`).
+        batches: starts on the run's training batches, in the run's order, without end, and the same in every process; ``None``
+            where no run is being prepared.
+        resumed: the method's own state (:meth:`Method.state`) in the checkpoint that the run will go on from; empty otherwise.
     """
 
     seed: int = 42
@@ -93,8 +111,11 @@ class Context:
     frozen_quantized: bool = False
     new_token_layers: tuple[str, ...] | None = None
     encode: Callable[[str], list[int]] | None = None
+    fresh: tuple[str, ...] = ()
     from_file: bool = False
     dense_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    batches: Callable[[], Iterator[TrainingBatch]] | None = None
+    resumed: Mapping[str, Tensor] = field(default_factory=dict)
 
     def generator(self, name: str) -> torch.Generator:
         """A CPU generator for the initial values of ``name``: the same on every device and in any order of creation."""
@@ -134,7 +155,7 @@ class Method(Generic[C]):
         Config: the validated options, kept with the method.
         paper: URL of the paper that introduced it.
         summary: one sentence for `peftcli methods`.
-        solves, costs: what it answers and what it asks in return, for `peftcli methods NAME`.
+        solves, costs, choose: what it answers, what it asks in return, and when to take it, for `peftcli methods NAME`.
         caps: see :class:`Caps`.
         recommended: dotted recipe path -> value put where the user wrote nothing.
         peft: the twin in Hugging Face PEFT, or ``None``.
@@ -145,6 +166,7 @@ class Method(Generic[C]):
     summary: ClassVar[str]
     solves: ClassVar[str] = ""
     costs: ClassVar[str] = ""
+    choose: ClassVar[str] = ""
     caps: ClassVar[Caps]
     recommended: ClassVar[dict[str, object]] = {}
     peft: ClassVar[PeftFormat | None] = None

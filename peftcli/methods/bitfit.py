@@ -52,6 +52,9 @@ class BitFit(Select[BitFitConfig]):
     summary = "Only the biases move."
     solves = "About 0.1 % of the weights, no new layers, nothing to add at inference; near full fine-tuning on small data."
     costs = "Little capacity for hard or large tasks; models without biases (LLaMA and most since) leave nothing to train."
+    choose = (
+        "Small data and a base with biases (BERT, GPT-2): within a point of full fine-tuning there, for the smallest change of the weights."
+    )
     caps = Caps(mergeable=True, quantized_base=True, identity_at_init=True)
     recommended: ClassVar[dict[str, object]] = {"train.learning_rate": 1e-3}
     peft = PeftFormat("PEFTCLI_BITFIT", {"moved": "bias", "trainable_tokens_delta": "token_adapter.trainable_tokens_delta"}, stock=False)

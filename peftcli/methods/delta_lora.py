@@ -99,6 +99,7 @@ class DeltaLora(Lora):
     summary = "LoRA that also moves the frozen weight, by the change of its factors' product."
     solves = "Uses the frozen weights as well, without gradients or optimizer state for them."
     costs = "No dropout; the final change has twice the rank, and steps compute it."
+    choose = "LoRA at a small rank falls short and the memory of a larger one is missing."
 
     def make_layer(self, name: str, base: nn.Module, ctx: Context) -> AdapterLayer:
         layer = super().make_layer(name, base, ctx)

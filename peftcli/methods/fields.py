@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
 
-from peftcli.errors import CheckpointError
+from peftcli.errors import CheckpointError, UsageError, nearest
 from peftcli.methods.kinds import AdapterLayer, NewTokens, adapter_layers
 
 V = TypeVar("V")
@@ -17,6 +17,32 @@ V = TypeVar("V")
 def from_pattern(pattern: Mapping[str, V], name: str, default: V) -> V:
     """The value for the module called ``name``. PEFT's rule: a key is a regular expression for the end of the dotted name."""
     return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def expressions(pattern: dict[str, V]) -> dict[str, V]:
+    """Raises:
+    ValueError: a key of ``rank_pattern`` or ``alpha_pattern`` is no regular expression.
+    """
+    for key in pattern:
+        try:
+            re.compile(rf"(.*\.)?({key})$")
+        except re.error as error:
+            raise ValueError(
+                f"{key!r} is no regular expression ({error}); write the end of a module's name, such as q_proj, or an expression for it"
+            ) from None
+    return pattern
+
+
+def check_patterns(options: Any, names: Collection[str]) -> None:
+    """Raises:
+    UsageError: a key of ``rank_pattern`` or ``alpha_pattern`` fits none of the adapted modules called ``names``.
+    """
+    for option in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(options, option):
+            if not any(re.match(rf"(.*\.)?({key})$", name) for name in names):
+                near = nearest(key, {name.rpartition(".")[2] for name in names})
+                hint = f"did you mean {near!r}?" if near else f"an adapted module is {next(iter(names))}."
+                raise UsageError(f"method.{option}: {key!r} fits none of the adapted modules", hint=hint)
 
 
 def whole_number(value: float) -> int | float:

@@ -39,6 +39,7 @@ class Freeze(Select[FreezeConfig]):
     summary = "A chosen part of the base moves: the last or first layers, or weights by name."
     solves = "A share of full fine-tuning's memory, with its capacity in the part that moves; forgets less."
     costs = "Weak where the task is far from pre-training; which part should move has to be found out."
+    choose = "A whole model as the result in less memory than full takes; the last layers for a new style, the first ones for a new script."
     caps = Caps(mergeable=True, quantized_base=False, identity_at_init=True)
     recommended: ClassVar[dict[str, object]] = {"train.learning_rate": 5e-5}
     peft = PeftFormat("PEFTCLI_FREEZE", {"trainable_tokens_delta": "token_adapter.trainable_tokens_delta"}, stock=False)

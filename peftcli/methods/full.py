@@ -27,6 +27,10 @@ class Full(Select[FullConfig]):
         "Memory for the gradients and optimizer state of every weight, a whole copy of the model for each task; "
         "forgets, and overfits small data."
     )
+    choose = (
+        "Memory allows it, there are many thousands of rows, and the task is far from what the base knows. Learning rates are "
+        "ten times smaller."
+    )
     caps = Caps(mergeable=True, quantized_base=False, identity_at_init=True, whole_model=True)
     recommended = {"train.learning_rate": 2e-5}
 

@@ -80,6 +80,7 @@ class Ia3(LayerMethod[Ia3Config]):
     summary = "Learned scales on keys, values and feed-forward inputs."
     solves = "The fewest numbers of all: about 0.01 % of the weights, mergeable, many tasks in one batch."
     costs = "The least capacity; wants a high learning rate (the paper's 3e-3) and a base that nearly knows the task."
+    choose = "A few dozen rows and a capable, instruction-tuned base; or thousands of tasks whose files must be tiny."
     caps = Caps(mergeable=True, quantized_base=True, identity_at_init=True)
     recommended: ClassVar[dict[str, object]] = {"train.learning_rate": 3e-3}
     peft = PeftFormat("IA3", {"trainable_tokens_delta": "token_adapter.trainable_tokens_delta"})

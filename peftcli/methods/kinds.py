@@ -156,6 +156,30 @@ def train_new_tokens(model: Any, ctx: Context, whole: Collection[str] = ()) -> N
             targets.replace(model, name, rows)
 
 
+def new_modules(model: nn.Module, ctx: Context) -> list[str]:
+    """Names of the modules that no method may leave as they start: a classifier's head, and what the base has no weights for."""
+    return list(dict.fromkeys([*targets.classification_heads(model), *ctx.fresh]))
+
+
+def train_whole(model: nn.Module, names: Sequence[str], option: str = "modules_to_save") -> None:
+    """Let every parameter of the modules called ``names`` move.
+
+    Raises:
+        UsageError: one is quantized.
+    """
+    for name in names:
+        module = model.get_submodule(name)
+        if any(is_quantized(inner) for inner in module.modules()):
+            raise UsageError(
+                f"method.{option}: {name} is quantized, and quantized weights cannot be trained",
+                hint="adapt it by target_modules instead, or load the base without quantization.",
+            )
+        if hasattr(module, "weight"):
+            untie(model, module)
+        for parameter in module.parameters():
+            unfreeze(parameter)
+
+
 class Wrapper(nn.Module):
     """Holds a whole model as ``base`` and adds to what goes into it. Every parameter outside ``base`` is the method's own; every
     attribute that is not the wrapper's is the base's (its config, its dtype, its embeddings)."""
@@ -183,7 +207,8 @@ class Select(Method[C]):
 
     def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
         freeze(model)
-        chosen = [parameter for name, parameter in model.named_parameters() if self.trainable(name)]
+        new = tuple(f"{name}." for name in new_modules(model, ctx))
+        chosen = [parameter for name, parameter in model.named_parameters() if self.trainable(name) or name.startswith(new)]
         if not all(parameter.is_floating_point() for parameter in chosen):
             raise UsageError(f"{self.config.name} chooses weights that are quantized, and quantized weights cannot be trained")
         ids = {id(parameter) for parameter in chosen}
@@ -217,7 +242,8 @@ class LayerMethod(Method[C]):
 
     def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
         names = self.target_names(model)
-        whole = whole_modules(model, getattr(self.config, "modules_to_save", ()))
+        saved = whole_modules(model, getattr(self.config, "modules_to_save", ()))
+        whole = list(dict.fromkeys([*saved, *new_modules(model, ctx)]))
         both = sorted(name for name in names if any(name == outer or name.startswith(f"{outer}.") for outer in whole))
         if both:
             raise UsageError(f"method.modules_to_save: {', '.join(both)} is also adapted by target_modules; choose one of the two")
@@ -235,17 +261,7 @@ class LayerMethod(Method[C]):
                 targets.replace(model, name, layer)
             else:
                 raise UsageError(f"method.target_modules: {name} already trains the rows of the new tokens; take it out of the targets")
-        for name in whole:
-            module = model.get_submodule(name)
-            if any(is_quantized(inner) for inner in module.modules()):
-                raise UsageError(
-                    f"method.modules_to_save: {name} is quantized, and quantized weights cannot be trained",
-                    hint="adapt it by target_modules instead, or load the base without quantization.",
-                )
-            if hasattr(module, "weight"):
-                untie(model, module)
-            for parameter in module.parameters():
-                unfreeze(parameter)
+        train_whole(model, whole)
         return model
 
 
@@ -299,7 +315,9 @@ __all__ = [
     "features",
     "freeze",
     "mixes_precision",
+    "new_modules",
     "train_new_tokens",
+    "train_whole",
     "trainable_state",
     "trains_base_weights",
     "unfreeze",

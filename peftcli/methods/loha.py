@@ -134,6 +134,7 @@ class Loha(LayerMethod[LohaConfig]):
     summary = "An update that is the elementwise product of two low-rank products."
     solves = "Lifts the ceiling of a low rank: with twice LoRA's numbers at the same r, the update's rank reaches r squared."
     costs = "More compute: the update of each layer is formed at its full size in every step."
+    choose = "A low rank of LoRA is the limit and more parameters are not wanted; styles of image models are its home."
     caps = Caps(mergeable=True, quantized_base=True, identity_at_init=True)
     peft = PeftFormat("LOHA", {"trainable_tokens_delta": "token_adapter.trainable_tokens_delta"})
 

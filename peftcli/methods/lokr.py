@@ -34,7 +34,8 @@ class LokrConfig(LohaConfig):
 
 def factorization(size: int, factor: int) -> tuple[int, int]:
     """Two factors of ``size``, the smaller one first: ``factor`` itself where it divides ``size`` (then in this order, as
-    LyCORIS has it), else the largest divisor that is at most ``factor`` and brings the two nearest to each other."""
+    PEFT has it; LyCORIS puts the smaller one first there too), else the largest divisor that is at most ``factor`` and brings the
+    two nearest to each other."""
     if factor > 0 and size % factor == 0:
         return factor, size // factor
     limit = size if factor == -1 else factor
@@ -88,6 +89,7 @@ class Lokr(LayerMethod[LokrConfig]):
     summary = "An update that is the Kronecker product of a small block and a (low-rank) larger one."
     solves = "Very few parameters for an update of full rank."
     costs = "The blocks repeat themselves across the matrix, in sizes that depend on the layer's divisors; slower to converge than LoRA."
+    choose = "The smallest file that still changes every weight; raise the rank, or lower the factor, where it underfits."
     caps = Caps(mergeable=True, quantized_base=True, identity_at_init=True)
     # A narrow layer holds its blocks whole, whatever the rank says.
     peft = PeftFormat("LOKR", {"trainable_tokens_delta": "token_adapter.trainable_tokens_delta"}, rank_is_size=False)

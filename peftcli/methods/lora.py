@@ -2,7 +2,7 @@
 (Hu et al., https://arxiv.org/abs/2106.09685), and its variants as options: rsLoRA scales by ``alpha / sqrt(r)``
 (https://arxiv.org/abs/2312.03732), DoRA trains the rows' lengths as well (https://arxiv.org/abs/2402.09353), LoRA+ lets B learn
 faster than A (https://arxiv.org/abs/2402.12354), PiSSA and OLoRA start from the weight's own directions
-(https://arxiv.org/abs/2404.02948, https://arxiv.org/abs/2406.01775).
+(https://arxiv.org/abs/2404.02948, https://arxiv.org/abs/2406.01775), EVA from those of the data (https://arxiv.org/abs/2410.07170).
 """
 
 from __future__ import annotations
@@ -11,15 +11,19 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from peftcli.errors import UsageError
 from peftcli.methods.base import Caps, Context, MethodConfig, PeftFormat
-from peftcli.methods.fields import from_pattern, module_fields, module_options, refuse, whole_number
+from peftcli.methods.dora_layers import DoraEmbedding, DoraLayer, ShiftedDoraLayer
+from peftcli.methods.eva import RANKS, look_at_data
+from peftcli.methods.fields import check_patterns, from_pattern, module_fields, whole_number
 from peftcli.methods.kinds import AdapterLayer, LayerMethod, adapter_layers, unfreeze
 from peftcli.methods.lora_init import set_start
-from peftcli.methods.lora_layers import DoraLayer, LoraEmbedding, LoraLayer, LowRankLayer, ShiftedLoraLayer
+from peftcli.methods.lora_layers import LoraEmbedding, LoraLayer, LowRankLayer, ShiftedLoraLayer
 from peftcli.methods.lora_options import LoraConfig
+from peftcli.methods.lora_reading import options_from_peft
 
 
 class Lora(LayerMethod[LoraConfig]):
@@ -30,6 +34,10 @@ class Lora(LayerMethod[LoraConfig]):
     summary = "A low-rank update beside each frozen linear layer; merges without a trace."
     solves = "Trains less than 1 % of the weights; small files, swappable, mergeable (no latency), overfits less."
     costs = "One fixed rank everywhere; below full fine-tuning on hard, large tasks; needs a capable base."
+    choose = (
+        "The default. Rank 4 to 8 where the data is close to pre-training, 16 for most tasks, 64 for a new domain; all linear "
+        "layers for quality, query and value only for the smallest file."
+    )
     caps = Caps(mergeable=True, quantized_base=True, identity_at_init=True)
     peft = PeftFormat(
         "LORA", {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "trainable_tokens_delta": "token_adapter.trainable_tokens_delta"}
@@ -46,8 +54,15 @@ class Lora(LayerMethod[LoraConfig]):
     def needs_dense_weights(self) -> bool:
         return self.config.init_lora_weights == "loftq"
 
+    def __init__(self, config: LoraConfig) -> None:
+        super().__init__(config)
+        # EVA's findings by layer: ranks, 0 for layers without an adapter, and the initial A.
+        self.ranks: dict[str, int] = {}
+        self.starts: dict[str, Tensor] = {}
+
     def target_names(self, model: nn.Module) -> list[str]:
         names, wanted = super().target_names(model), self.config.layers_to_transform
+        names = [name for name in names if self.ranks.get(name) != 0]
         if not wanted:
             return names
         numbers = {name: next((int(part) for part in reversed(name.split(".")) if part.isdigit()), None) for name in names}
@@ -58,11 +73,22 @@ class Lora(LayerMethod[LoraConfig]):
         return [name for name in names if numbers[name] in wanted]
 
     def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
+        if not ctx.from_file:
+            check_patterns(self.config, self.target_names(model))
+            if self.config.init_lora_weights == "eva":
+                before = {name: self._rank_and_alpha(name) for name in self.target_names(model)}
+                found = look_at_data(model, before, self.config, ctx)
+                self.ranks, self.starts, self.config = found.ranks, found.starts, found.options
         model = super().apply(model, ctx)
+        self.starts = {}
         self.layers = {name: layer for name, layer in adapter_layers(model).items() if isinstance(layer, LoraLayer)}
         if self.config.bias != "none":
             self._train_biases(model, ctx)
         return model
+
+    def _rank_and_alpha(self, name: str) -> tuple[int, float]:
+        options = self.config
+        return from_pattern(options.rank_pattern, name, options.rank), from_pattern(options.alpha_pattern, name, options.alpha)
 
     def _train_biases(self, model: nn.Module, ctx: Context) -> None:
         if ctx.frozen_quantized:
@@ -79,17 +105,21 @@ class Lora(LayerMethod[LoraConfig]):
 
     def make_layer(self, name: str, base: nn.Module, ctx: Context) -> AdapterLayer:
         options = self.config
-        rank = from_pattern(options.rank_pattern, name, options.rank)
-        alpha = from_pattern(options.alpha_pattern, name, options.alpha)
+        rank, alpha = self._rank_and_alpha(name)
         scaling = alpha / math.sqrt(rank) if options.use_rslora else alpha / rank
         generator = ctx.generator(name)
         if isinstance(base, nn.Embedding) and options.adapt_embeddings:
-            return LoraEmbedding(base, rank, scaling, generator)
-        kind = DoraLayer if options.use_dora else self.plain
+            return (DoraEmbedding if options.use_dora else LoraEmbedding)(base, rank, scaling, generator)
         if options.init_lora_weights.startswith(("pissa", "olora")):
-            kind = ShiftedLoraLayer
+            kind: type[LoraLayer] = ShiftedDoraLayer if options.use_dora else ShiftedLoraLayer
+        else:
+            kind = DoraLayer if options.use_dora else self.plain
         layer = kind(base, rank, scaling, options.dropout, generator)
-        set_start(layer, options.init_lora_weights, name, ctx, generator)
+        if name in self.starts:
+            layer.lora_A.data = self.starts[name]
+        else:
+            set_start(layer, options.init_lora_weights, name, ctx, generator)
+        layer.started()
         return layer
 
     def param_groups(self, model: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
@@ -105,10 +135,14 @@ class Lora(LayerMethod[LoraConfig]):
         return [group for group in halves if group["params"]]
 
     def state(self) -> dict[str, Tensor]:
-        return {f"{name}.{key}": tensor.cpu() for name, layer in self.layers.items() for key, tensor in layer.named_buffers(recurse=False)}
+        ranks = {RANKS: torch.tensor(list(self.ranks.values()))} if self.ranks else {}
+        layers = self.layers.items()
+        return ranks | {f"{name}.{key}": tensor.cpu() for name, layer in layers for key, tensor in layer.named_buffers(recurse=False)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         for key, tensor in state.items():
+            if key == RANKS:
+                continue  # seen when the layers were made
             name, _, buffer = key.rpartition(".")
             layer = self.layers[name]
             layer.register_buffer(buffer, tensor.to(layer.lora_A.device, copy=True), persistent=False)
@@ -142,36 +176,7 @@ class Lora(LayerMethod[LoraConfig]):
 
     @classmethod
     def from_peft(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
-        refuse(
-            fields,
-            {
-                "bias": ("none", "all", "lora_only", None),
-                "lora_bias": (False, None),
-                "megatron_config": (None,),
-                "layer_replication": (None, []),
-                "target_parameters": (None, []),
-                "alora_invocation_tokens": (None, []),
-                "use_qalora": (False, None),
-                "arrow_config": (None,),
-            },
-        )
-        start = fields.get("init_lora_weights", True)
-        if isinstance(start, str) and start.split("_")[0] in ("corda", "loftq", "lora"):
-            # PEFT takes these out of the base once more when it loads the file; only it has what that needs.
-            refuse(fields, {"init_lora_weights": ()})
-        return {
-            "rank": fields.get("r", 8),
-            "alpha": fields.get("lora_alpha", 8),
-            "dropout": fields.get("lora_dropout", 0.0),
-            **module_options(fields),
-            "adapt_embeddings": True,
-            "use_rslora": fields.get("use_rslora", False),
-            "use_dora": fields.get("use_dora") or False,
-            "bias": fields.get("bias") or "none",
-            "init_lora_weights": start if isinstance(start, str) and start.startswith(("pissa", "olora")) else "default",
-            "rank_pattern": fields.get("rank_pattern") or {},
-            "alpha_pattern": fields.get("alpha_pattern") or {},
-        }
+        return options_from_peft(fields)
 
 
 def _each_pair(model: nn.Module, tensors: dict[str, Tensor], direction: str) -> dict[str, Tensor]:

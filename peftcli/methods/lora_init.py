@@ -19,11 +19,15 @@ def set_start(layer: LoraLayer, kind: str, name: str, ctx: Context, generator: t
     """Give a fresh layer its initial values.
 
     Args:
-        kind: ``default`` (as the layer was made), ``gaussian``, ``pissa``, ``pissa_niter_N``, ``olora`` or ``loftq``.
+        kind: ``default`` (as the layer was made), ``gaussian``, ``orthogonal``, ``pissa``, ``pissa_niter_N``, ``olora`` or ``loftq``.
         name: of the module, for messages.
     """
     if kind == "gaussian":
         layer.lora_A.data.normal_(std=1.0 / layer.rank, generator=generator)
+    elif kind == "orthogonal":
+        if layer.rank % 2:
+            raise UsageError(f"method.rank: orthogonal takes even ranks, and {name} has {layer.rank}")
+        layer.lora_A.data, layer.lora_B.data = orthogonal(layer.rank, layer.lora_A.shape[1], len(layer.lora_B), generator)
     elif kind == "loftq":
         if is_quantized(layer.base) and not ctx.from_file:
             narrow, wide = loftq(ctx.dense_weights[name], weight_of(layer.base), layer.rank, layer.scaling)
@@ -48,17 +52,40 @@ def pissa(weight: Tensor, rank: int, scaling: float, kind: str, generator: torch
     """
     found = _ITERATIONS.fullmatch(kind)
     if found:
-        # Subspace iteration (Halko et al., https://arxiv.org/abs/0909.4061), a few directions more than are kept.
-        start = torch.randn(weight.shape[1], min(rank + 8, *weight.shape), generator=generator).to(weight.device)
-        basis = torch.linalg.qr(weight @ start)[0]
-        for _ in range(int(found[1])):
-            basis = torch.linalg.qr(weight @ torch.linalg.qr(weight.t() @ basis)[0])[0]
-        left, values, right = torch.linalg.svd(basis.t() @ weight, full_matrices=False)
-        left = basis @ left
+        left, values, right = thin_svd(weight, rank + 8, int(found[1]), generator)
     else:
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
     root = (values[:rank] / scaling).sqrt()
     return root.unsqueeze(1) * right[:rank], left[:, :rank] * root
+
+
+def thin_svd(matrix: Tensor, directions: int, iterations: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """The first singular directions of ``matrix`` [m, n], by subspace iteration (Halko et al., https://arxiv.org/abs/0909.4061).
+
+    Args:
+        directions: how many are sought; a few more than are needed, for the last ones come out worst.
+
+    Returns:
+        Left vectors [m, directions], singular values, and right vectors [directions, n].
+    """
+    start = torch.randn(matrix.shape[1], min(directions, *matrix.shape), generator=generator).to(matrix)
+    basis = torch.linalg.qr(matrix @ start)[0]
+    for _ in range(iterations):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.t() @ basis)[0])[0]
+    left, values, right = torch.linalg.svd(basis.t() @ matrix, full_matrices=False)
+    return basis @ left, values, right
+
+
+def orthogonal(rank: int, width_in: int, width_out: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Factors away from zero whose product is zero (https://datta0.github.io/posts/rethink-lora-init).
+
+    Returns:
+        A [rank, width_in] and B [width_out, rank], made from different rows of one orthogonal matrix.
+    """
+    mix = torch.linalg.qr(torch.randn(rank, rank, generator=generator))[0]
+    narrow = torch.randn(width_in, rank // 2, generator=generator) @ mix[0::2]
+    wide = torch.randn(width_out, rank // 2, generator=generator) @ mix[1::2]
+    return narrow.t().contiguous() / 10.0, wide / 10.0
 
 
 def olora(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,9 @@ class LoraLayer(LowRankLayer):
         self.lora_B = nn.Parameter(torch.zeros(width_out, rank))
         self.dropout = nn.Dropout(dropout) if dropout > 0.0 else nn.Identity()
 
+    def started(self) -> None:
+        """Called when the initial values of the factors are set."""
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """The two thin matrices whose product is the update."""
         return self.lora_A, self.lora_B
@@ -119,41 +122,6 @@ class ShiftedLoraLayer(LoraLayer):
         return narrow, wide
 
 
-class DoraLayer(LoraLayer):
-    """DoRA (https://arxiv.org/abs/2402.09353): the updated weight's rows keep their direction and get a trained length,
-    ``m * (W + scaling * B A) / ||W + scaling * B A||``.
-
-    Parameter ``lora_magnitude_vector`` [out] is m, float32; it starts as the rows' lengths. The norm is a constant in the
-    gradient (section 4.3 of the paper).
-    """
-
-    def __init__(self, base: nn.Module, rank: int, scaling: float, dropout: float, generator: torch.Generator) -> None:
-        super().__init__(base, rank, scaling, dropout, generator)
-        self.lora_magnitude_vector = nn.Parameter(self._lengths(weight_of(base)).float())
-
-    @torch.no_grad()
-    def _lengths(self, weight: Tensor) -> Tensor:
-        """[out] lengths of the updated weight's rows, at least in float32."""
-        wide = weight if weight.dtype == torch.float64 else weight.float()
-        lengths: Tensor = torch.linalg.vector_norm(wide + self.scaling * (self.lora_B.to(wide) @ self.lora_A.to(wide)), dim=1)
-        return lengths
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.base(x)
-        dropped = self.dropout(x)
-        # Where dropout acts, it acts on the whole of the rescaled product.
-        plain = result if dropped is x else cast(Tensor, self.base(dropped))
-        bias = self.bias
-        plain = plain if bias is None else plain - bias.to(plain.dtype)
-        scale = self.lora_magnitude_vector / self._lengths(weight_of(self.base))
-        change = F.linear(F.linear(dropped, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.scaling
-        return result + (scale - 1.0).to(plain.dtype) * plain + scale.to(change.dtype) * change
-
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        scale = self.lora_magnitude_vector.to(weight) / self._lengths(weight)
-        return scale.unsqueeze(1) * super().fold(weight, None)[0], bias
-
-
 class LoraEmbedding(LowRankLayer):
     """``base(ids) + scaling * B(A[:, ids])`` for an embedding [vocabulary, width].
 
@@ -165,12 +133,16 @@ class LoraEmbedding(LowRankLayer):
         self.lora_embedding_A = nn.Parameter(torch.zeros(rank, base.num_embeddings))
         self.lora_embedding_B = nn.Parameter(torch.empty(base.embedding_dim, rank).normal_(generator=generator))
 
-    def forward(self, ids: Tensor) -> Tensor:
-        result: Tensor = self.base(ids)
+    def change(self, ids: Tensor) -> Tensor:
+        """[..., width] what the adapter adds to the rows of ``ids``, float32."""
         low = F.embedding(ids, self.lora_embedding_A.t())
         change = F.linear(low, self.lora_embedding_B) * self.scaling
         scale = getattr(self.base, "embed_scale", None)
-        return result + (change if scale is None else change * scale.to(change.dtype)).to(result.dtype)
+        return change if scale is None else change * scale.to(change.dtype)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        result: Tensor = self.base(ids)
+        return result + self.change(ids).to(result.dtype)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + (self.lora_embedding_B.to(weight) @ self.lora_embedding_A.to(weight)).t() * self.scaling, bias

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftcli.methods.base import Context, MethodConfig, PeftFormat
-from peftcli.methods.prompts import Prompted, PromptedInputs, PromptMethod, initialised
+from peftcli.methods.prompts import VALUES, Prompted, PromptedInputs, PromptMethod, from_vocabulary, initialised
 
 
 class PTuningConfig(MethodConfig):
@@ -50,7 +50,20 @@ class PromptEncoder(nn.Module):
     def forward(self) -> Tensor:
         """The virtual tokens."""
         x = self.embedding.weight[None]
-        return cast(Tensor, self.mlp_head(x if self.lstm_head is None else self.lstm_head(x)[0]))[0]
+        return cast(Tensor, self.mlp_head(self._inner(x)))[0]
+
+    def start_at(self, values: Tensor) -> None:
+        """Change the last layer by as little as makes the virtual tokens be ``values`` [n, width] (or come closest, where the network
+        is narrower than n). As layers come, they make tokens of the wrong size that hardly differ, and nothing that the model knows."""
+        *inner, last = self.eval().mlp_head
+        with torch.no_grad():
+            hidden = nn.Sequential(*inner)(self._inner(self.embedding.weight[None]))[0].double()
+            missing = values.to(hidden) - last(hidden.to(last.weight)).double()
+            last.weight += (torch.linalg.pinv(hidden) @ missing).T
+        self.train()
+
+    def _inner(self, x: Tensor) -> Tensor:
+        return x if self.lstm_head is None else cast(Tensor, self.lstm_head(x)[0])
 
 
 class PTuning(PromptMethod[PTuningConfig]):
@@ -61,6 +74,7 @@ class PTuning(PromptMethod[PTuningConfig]):
     summary = "Virtual tokens made by a small LSTM or MLP; the model itself stays untouched."
     solves = "Learns faster and steadier than bare virtual tokens; what is kept for a task is as small as theirs."
     costs = "The encoder's weights while training, eats context, weak on small models, cannot be folded into the weights."
+    choose = "Classification and extraction with a base that must stay untouched, where plain prompt tuning is unsteady."
     recommended: ClassVar[dict[str, object]] = {"train.learning_rate": 1e-3}
     peft = PeftFormat("P_TUNING", prefix="")
 
@@ -71,7 +85,9 @@ class PTuning(PromptMethod[PTuningConfig]):
         encoder = PromptEncoder(
             options.num_virtual_tokens, width, options.encoder, options.hidden_size or width, options.num_layers, options.dropout
         )
-        return PromptedInputs(model, None, initialised(encoder, ctx, "encoder"))
+        initialised(encoder, ctx, "encoder")
+        encoder.start_at(from_vocabulary(model, options.num_virtual_tokens, ctx.generator(VALUES)))
+        return PromptedInputs(model, None, encoder)
 
     def peft_config(self, model: nn.Module) -> dict[str, Any]:
         options, shared = self.config, super().peft_config(model)

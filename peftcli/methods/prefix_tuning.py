@@ -63,6 +63,7 @@ class PrefixTuning(PromptMethod[PrefixTuningConfig]):
     summary = "Trained keys and values in front of each row in every layer; the model itself stays untouched."
     solves = "Reaches every layer, so it is stronger than virtual tokens at the input and good for generation; about 0.1 % of the weights."
     costs = "Every token attends to the prefix too, sensitive to its initial values, cannot be folded into the weights."
+    choose = "Generation from a base that must stay untouched, with some context to spare; 10 to 200 virtual tokens."
     recommended: ClassVar[dict[str, object]] = {"train.learning_rate": 1e-2}
     peft = PeftFormat("PREFIX_TUNING", prefix="")
 

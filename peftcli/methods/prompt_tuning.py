@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftcli.errors import UsageError
 from peftcli.methods.base import Context, MethodConfig, PeftFormat
-from peftcli.methods.prompts import Prompted, PromptedInputs, PromptMethod
+from peftcli.methods.prompts import VALUES, Prompted, PromptedInputs, PromptMethod, embeddings, from_vocabulary
 
 _TO_PEFT = {"random": "RANDOM", "vocabulary": "SAMPLE_VOCAB", "text": "TEXT"}
 
@@ -36,6 +36,9 @@ class PromptTuning(PromptMethod[PromptTuningConfig]):
     summary = "A few trained embeddings in front of each row; the model itself stays untouched."
     solves = "A few thousand numbers for a task, and one untouched model that serves many tasks in the same batch."
     costs = "Converges slowly and wants a high learning rate, weak on small models, eats context, cannot be folded into the weights."
+    choose = (
+        "Bases of billions of parameters that serve many tasks in one batch; on small ones take lora. Initialise from the text of the task."
+    )
     recommended: ClassVar[dict[str, object]] = {"train.learning_rate": 1e-2}
     peft = PeftFormat("PROMPT_TUNING", prefix="")
 
@@ -53,22 +56,16 @@ class PromptTuning(PromptMethod[PromptTuningConfig]):
         return PromptedInputs(model, self._values(model, ctx))
 
     def _values(self, model: Any, ctx: Context) -> Tensor:
-        options, embedding = self.config, model.get_input_embeddings()
-        count, (rows, width) = options.num_virtual_tokens, embedding.weight.shape
-        generator = ctx.generator("prompt_embeddings")
+        options, generator = self.config, ctx.generator(VALUES)
+        count, width = options.num_virtual_tokens, model.get_input_embeddings().weight.shape[1]
         if options.init == "random" or ctx.from_file:
             return torch.empty(count, width).normal_(generator=generator)
         if options.init == "vocabulary":
-            ids = torch.randint(0, rows, (count,), generator=generator)
-        else:
-            text = ctx.encode(options.init_text or "") if ctx.encode is not None else []
-            if not text:
-                raise UsageError("method.init_text: no token to take initial values from", hint="give a text, or choose init: vocabulary.")
-            ids = torch.tensor((text * (count // len(text) + 1))[:count])
-        with torch.no_grad():
-            # Through the layer: some models scale what the table holds.
-            values: Tensor = embedding(ids.to(embedding.weight.device))
-            return values.detach().to(torch.float32).clone()
+            return from_vocabulary(model, count, generator)
+        text = ctx.encode(options.init_text or "") if ctx.encode is not None else []
+        if not text:
+            raise UsageError("method.init_text: no token to take initial values from", hint="give a text, or choose init: vocabulary.")
+        return embeddings(model, torch.tensor((text * (count // len(text) + 1))[:count]))
 
     def peft_config(self, model: nn.Module) -> dict[str, Any]:
         text = self.config.init_text if self.config.init == "text" else None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peftcli.errors import CheckpointError, UsageError
 from peftcli.kernels.attention import Documents, Prefix
 from peftcli.methods.base import C, Caps, Context, Method
-from peftcli.methods.kinds import Wrapper, freeze
+from peftcli.methods.kinds import Wrapper, freeze, new_modules, train_whole
 
 # The name of the values in the model, and in PEFT's files.
 VALUES = "prompt_embeddings"
@@ -244,7 +244,9 @@ class PromptMethod(Method[C]):
         if ctx.new_token_ids:
             raise UsageError(f"base_model.new_tokens: {_no_new_tokens(self.config.name)}")
         freeze(model)
+        new = new_modules(model, ctx)
         wrapper = self.wrap(model, ctx)
+        train_whole(model, new)
         device = cast(Any, model).get_input_embeddings().weight.device
         own = [wrapper.encoder] if wrapper.encoder is not None else []
         for parameter in [p for module in own for p in module.parameters()] + list(wrapper.parameters(recurse=False)):
@@ -256,10 +258,12 @@ class PromptMethod(Method[C]):
         return int(cast(Any, self.config).num_virtual_tokens)
 
     def to_file(self, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {VALUES: cast(Prompted, model).result().to("cpu", torch.float32)}
+        heads = {name: tensor for name, tensor in tensors.items() if name.startswith("base.")}
+        return {VALUES: cast(Prompted, model).result().to("cpu", torch.float32), **heads}
 
     def file_targets(self, model: nn.Module) -> dict[str, Tensor]:
-        return {VALUES: cast(Prompted, model).hold_result()}
+        heads = {name: target for name, target in super().file_targets(model).items() if name.startswith("base.")}
+        return {VALUES: cast(Prompted, model).hold_result(), **heads}
 
     def peft_config(self, model: nn.Module) -> dict[str, Any]:
         config = text_config(model)
@@ -274,7 +278,8 @@ class PromptMethod(Method[C]):
 
     @classmethod
     def from_peft(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
-        fine = {"num_transformer_submodules": (None, 1), "modules_to_save": (None, [])}
+        # PEFT names both heads of classifiers, whichever the model has.
+        fine = {"num_transformer_submodules": (None, 1), "modules_to_save": (None, [], ["classifier", "score"])}
         asked = [f"{key}={fields[key]!r}" for key, values in fine.items() if key in fields and fields[key] not in values]
         if asked:
             raise CheckpointError(f"the adapter uses {', '.join(asked)}, which this version does not compute")
@@ -288,6 +293,19 @@ def _no_new_tokens(name: str) -> str:
 def text_config(model: nn.Module) -> Any:
     """The config of the language model."""
     return cast(Any, model).config.get_text_config()
+
+
+def from_vocabulary(model: Any, count: int, generator: torch.Generator) -> Tensor:
+    """[count, width] float32 embeddings of tokens drawn from the vocabulary."""
+    return embeddings(model, torch.randint(0, model.get_input_embeddings().weight.shape[0], (count,), generator=generator))
+
+
+def embeddings(model: Any, ids: Tensor) -> Tensor:
+    """[count, width] float32 embeddings of ``ids``, through the layer: some models scale what the table holds."""
+    embedding = model.get_input_embeddings()
+    with torch.no_grad():
+        values: Tensor = embedding(ids.to(embedding.weight.device))
+        return values.detach().to(torch.float32).clone()
 
 
 def initialised(module: nn.Module, ctx: Context, name: str) -> nn.Module:

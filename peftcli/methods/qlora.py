@@ -23,6 +23,7 @@ class QLora(Lora):
     summary = "LoRA over a frozen 4-bit NF4 base with double quantization."
     solves = "A quarter of the base's memory: 7B below 24 GB, 65B on 48 GB."
     costs = "A small quantization loss and slower steps."
+    choose = "The dense base does not fit into memory, or only with a batch too small; otherwise lora, whose steps are faster."
     recommended = {"base_model.quantization": "nf4", "base_model.double_quantization": True}
 
     @classmethod

@@ -31,6 +31,20 @@ def output_layer_name(model: nn.Module) -> str | None:
     return next((name for name, module in model.named_modules() if module is head), None)
 
 
+def classification_heads(model: nn.Module) -> list[str]:
+    """Dotted names of what a classifier has beside its body (``score``, ``classifier``); none for other models."""
+    inner = getattr(model, "base_model", None)
+    if not isinstance(inner, nn.Module) or inner is model or output_layer_name(model) is not None:
+        return []
+    return [name for name, child in model.named_children() if child is not inner and any(True for _ in child.parameters())]
+
+
+def output_layers(model: nn.Module) -> list[str]:
+    """Dotted names of the layers that turn features into answers: the output embedding, or a classifier's head."""
+    head = output_layer_name(model)
+    return [head] if head is not None else classification_heads(model)
+
+
 def match(model: nn.Module, target_modules: str | Sequence[str], exclude_modules: Sequence[str] = ()) -> list[str]:
     """Dotted names of the modules to adapt, in the model's order.
 
@@ -47,8 +61,12 @@ def match(model: nn.Module, target_modules: str | Sequence[str], exclude_modules
         name: module for name, module in model.named_modules() if name and (is_linear(module) or isinstance(module, nn.Embedding))
     }
     if target_modules == ALL_LINEAR:
-        head = output_layer_name(model)
-        chosen = {name for name, module in candidates.items() if is_linear(module) and name != head}
+        heads = output_layers(model)
+        chosen = {
+            name
+            for name, module in candidates.items()
+            if is_linear(module) and not any(name == head or name.startswith(f"{head}.") for head in heads)
+        }
     elif isinstance(target_modules, str):
         chosen = _match_regex(target_modules, candidates)
     else:

@@ -76,6 +76,7 @@ class Vera(LayerMethod[VeraConfig]):
     summary = "Two trained vectors for each layer around one frozen pair of random matrices that all share."
     solves = "Ten times fewer trained numbers than LoRA at the same width; many adapters fit in memory."
     costs = "More compute than LoRA, because the random matrices must be wide; wants a high learning rate."
+    choose = "Very many adapters at a time (one for each user, say), where the size of a file counts most."
     caps = Caps(mergeable=True, quantized_base=True, identity_at_init=True)
     recommended: ClassVar[dict[str, object]] = {"train.learning_rate": 4e-3}
     peft = PeftFormat(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,11 +15,45 @@ from torch import nn
 from peftcli import quantization
 from peftcli.errors import ModelError
 from peftcli.kernels import attention
-from peftcli.methods.targets import output_layer_name, replace
+from peftcli.methods.targets import output_layers, replace
+from peftcli.model.heads import start_afresh, unfilled
 from peftcli.model.source import Source, resolve
 from peftcli.recipe.schema import BaseModelSection
+from peftcli.tasks.base import Head
 
-Task = Literal["causal_lm", "features"]
+CAUSAL_LM = "AutoModelForCausalLM"
+
+
+@dataclass
+class Opened:
+    """A base model that has been found, before its weights are read.
+
+    Attributes:
+        section: of the recipe. ``source``: where it lies. ``config``: transformers' config.
+        tokenizer: with a pad token and the recipe's new tokens; ``new_token_ids`` are theirs.
+        dtype: of the computation. ``device``: where the weights will go.
+        trust_remote_code: allowed on the command line.
+    """
+
+    section: BaseModelSection
+    source: Source
+    config: Any
+    tokenizer: Any
+    new_token_ids: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    trust_remote_code: bool = False
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest row that the model's positions allow, in tokens."""
+        return max_positions(self.config)
+
+
+def max_positions(config: Any) -> int | None:
+    """Longest row that the positions of a model with this config allow, in tokens; ``None`` where nothing limits it."""
+    value = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return int(value) if value and not getattr(config, "relative_attention_num_buckets", None) else None
 
 
 @dataclass
@@ -36,6 +70,7 @@ class Base:
         new_token_ids: ids of the tokens that the recipe added.
         parameters: number of parameters of the dense model (tied ones once).
         dense_weights: of the quantized layers as they were, by module name, where they were asked for.
+        fresh: names of modules that the base has no weights for and that start anew, such as a classifier's output layer.
     """
 
     model: Any
@@ -47,6 +82,7 @@ class Base:
     new_token_ids: tuple[int, ...]
     parameters: int
     dense_weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    fresh: tuple[str, ...] = ()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer puts around one."""
@@ -56,8 +92,7 @@ class Base:
     @property
     def max_positions(self) -> int | None:
         """Longest row that the model's positions allow, in tokens."""
-        value = getattr(self.model.config, "max_position_embeddings", None) or getattr(self.model.config, "n_positions", None)
-        return int(value) if value else None
+        return max_positions(self.model.config)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -87,27 +122,22 @@ def load_tokenizer(source: Source, revision: str | None = None, *, trust_remote_
     return tokenizer
 
 
-def load_base(
+def open_base(
     section: BaseModelSection,
     *,
     device: torch.device | str = "cpu",
-    task: Task = "causal_lm",
     base_dir: Path | None = None,
     trust_remote_code: bool = False,
     tokenizer_folder: Path | None = None,
-    master_weights: bool = False,
-    keep_dense: bool = False,
-) -> Base:
-    """Load what a recipe's ``base_model`` section names.
+) -> Opened:
+    """Find what a recipe's ``base_model`` section names; read its config and its tokenizer.
 
     Args:
         trust_remote_code: allowed on the command line, with a pinned ``revision``; a recipe cannot ask for it.
         tokenizer_folder: take the tokenizer from here (an adapter's folder) instead of from the base.
-        master_weights: keep the weights in float32 although the computation is in bfloat16 (every weight is trained).
-        keep_dense: keep the weights of the layers that are quantized, in ``Base.dense_weights``.
 
     Raises:
-        ModelError: it cannot be found or read, lacks weights, or is no causal language model.
+        ModelError: it cannot be found or read.
     """
     if trust_remote_code and section.revision is None:
         raise ModelError(
@@ -115,15 +145,62 @@ def load_base(
         )
     device = torch.device(device)
     source = resolve(section.name, base_dir)
-    dtype = resolve_dtype(section.dtype, device)
     tokens = Source(str(tokenizer_folder), str(tokenizer_folder), None, True) if tokenizer_folder else source
     tokenizer = load_tokenizer(
         tokens, None if tokenizer_folder else section.revision, trust_remote_code=trust_remote_code and not tokenizer_folder
     )
+    new = list(dict.fromkeys(section.new_tokens))
+    if new:
+        tokenizer.add_tokens(new)
+    ids = tuple(tokenizer.convert_tokens_to_ids(token) for token in new)
+    config = load_config(source, section.revision, trust_remote_code=trust_remote_code)
+    return Opened(section, source, config, tokenizer, ids, resolve_dtype(section.dtype, device), device, trust_remote_code)
+
+
+def load_config(source: Source, revision: str | None, *, trust_remote_code: bool = False) -> Any:
+    """The model's config, without the mark of a GGUF file's packing."""
+    from transformers import AutoConfig
+
+    extra = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    try:
+        config = AutoConfig.from_pretrained(source.location, revision=revision or "main", trust_remote_code=trust_remote_code, **extra)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _load_error(source, "config", error) from error
+    if source.gguf_file is not None and hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def load_base(
+    opened: Opened,
+    *,
+    auto_model: str = CAUSAL_LM,
+    head: Head | None = None,
+    seed: int = 0,
+    master_weights: bool = False,
+    keep_dense: bool = False,
+) -> Base:
+    """Load the weights of a base model that :func:`open_base` found.
+
+    Args:
+        auto_model: name of the class of transformers that a task needs.
+        head: the output layer to put on it; one that the base has already, of the same size, is kept.
+        seed: of the initial values of a fresh output layer.
+        master_weights: keep the weights in float32 although the computation is in bfloat16 (every weight is trained).
+        keep_dense: keep the weights of the layers that are quantized, in ``Base.dense_weights``.
+
+    Raises:
+        ModelError: it cannot be read, lacks weights, or is no model of the kind that the task needs.
+    """
+    section, device, dtype = opened.section, opened.device, opened.dtype
     storage = torch.float32 if master_weights and section.quantization is None else dtype
-    model, revision = _load_model(source, section.revision, storage, task, trust_remote_code)
+    model, revision, fresh = _load_model(opened, storage, auto_model, head)
+    start_afresh(model, fresh, seed)
     parameters = sum(p.numel() for p in model.parameters())
-    new_ids = _add_tokens(model, tokenizer, section.new_tokens)
+    _make_room(model, opened.tokenizer)
+    if head is not None:
+        # Decoders judge a text by its last token, which they find by the padding.
+        model.config.pad_token_id = opened.tokenizer.pad_token_id
     dense: dict[str, torch.Tensor] = {}
     if section.quantization is not None:
         if keep_dense:
@@ -134,44 +211,54 @@ def load_base(
     model.eval()
     # Frozen until a method says otherwise.
     model.requires_grad_(False)
-    return Base(model, tokenizer, source, dtype, section.quantization, revision, new_ids, parameters, dense)
+    return Base(
+        model, opened.tokenizer, opened.source, dtype, section.quantization, revision, opened.new_token_ids, parameters, dense, tuple(fresh)
+    )
 
 
-def _load_model(source: Source, revision: str | None, dtype: torch.dtype, task: Task, trust_remote_code: bool) -> tuple[Any, str | None]:
+def _load_model(opened: Opened, dtype: torch.dtype, auto_model: str, head: Head | None) -> tuple[Any, str | None, list[str]]:
+    """(model, commit of a hub model, names of modules that the base has no weights for)."""
     import transformers
 
-    auto = {"causal_lm": transformers.AutoModelForCausalLM, "features": transformers.AutoModel}[task]
+    source, revision = opened.source, opened.section.revision
     extra: dict[str, Any] = {}
     if source.gguf_file is not None and hasattr(transformers, "GgufConfig"):
         # Newer versions leave GGUF weights in their blocks; training, quantizing and merging need them dense.
         extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    if head is not None:
+        extra |= {"ignore_mismatched_sizes": True, "num_labels": len(head.labels), "problem_type": head.problem}
+        extra |= {"id2label": dict(enumerate(head.labels)), "label2id": {name: index for index, name in enumerate(head.labels)}}
     try:
         with quiet(gguf=source.gguf_file is not None):
-            model, info = auto.from_pretrained(
+            model, info = getattr(transformers, auto_model).from_pretrained(
                 source.location,
                 gguf_file=source.gguf_file,
                 revision=revision or "main",
                 dtype=dtype,
-                attn_implementation=attention.register() if task == "causal_lm" else None,
+                attn_implementation=attention.register() if auto_model == CAUSAL_LM else None,
                 use_safetensors=None if source.gguf_file else True,
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=opened.trust_remote_code,
                 output_loading_info=True,
                 **extra,
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise _load_error(source, "model", error) from error
-    missing = sorted(info["missing_keys"])
-    if missing and task == "causal_lm":
+    fresh, missing = unfilled(model, [*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])])
+    if missing or (fresh and head is None):
+        lacking = missing or sorted(info["missing_keys"])
         raise ModelError(
-            f"base_model.name: {source.name} lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]}",
-            hint="it is probably no causal language model; those missing weights would be random numbers.",
+            f"base_model.name: {source.name} lacks {len(lacking)} weights of a {type(model).__name__}, such as {lacking[0]}",
+            hint="it is probably no model of this kind; those missing weights would be random numbers.",
         )
     encoder = getattr(model.config, "is_decoder", True) is False and model.config.model_type != "gpt2"
-    if task == "causal_lm" and encoder and type(model).__name__.endswith("LMHeadModel"):
-        raise ModelError(f"base_model.name: {source.name} is an encoder ({type(model).__name__}); it cannot be trained to continue text")
+    if auto_model == CAUSAL_LM and encoder and type(model).__name__.endswith("LMHeadModel"):
+        raise ModelError(
+            f"base_model.name: {source.name} is an encoder ({type(model).__name__}); it cannot be trained to continue text",
+            hint="encoders classify: task: sequence_classification.",
+        )
     if source.gguf_file is not None:
         forget_gguf(model)
-    return model, getattr(model.config, "_commit_hash", None)
+    return model, getattr(model.config, "_commit_hash", None), fresh
 
 
 @contextlib.contextmanager
@@ -203,11 +290,8 @@ def forget_gguf(model: Any) -> None:
         model.quantization_method = None
 
 
-def _add_tokens(model: Any, tokenizer: Any, tokens: Sequence[str]) -> tuple[int, ...]:
-    """Add the recipe's tokens and make room for every token of the tokenizer; fresh rows start as the mean of the others."""
-    tokens = list(dict.fromkeys(tokens))
-    if tokens:
-        tokenizer.add_tokens(tokens)
+def _make_room(model: Any, tokenizer: Any) -> None:
+    """Make room for every token of the tokenizer; fresh rows start as the mean of the others."""
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -215,7 +299,6 @@ def _add_tokens(model: Any, tokenizer: Any, tokens: Sequence[str]) -> tuple[int,
             for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
                 if layer is not None:
                     layer.weight[rows:] = layer.weight[:rows].float().mean(0).to(layer.weight.dtype)
-    return tuple(tokenizer.convert_tokens_to_ids(token) for token in tokens)
 
 
 def quantize(model: Any, kind: str, *, double: bool, compute_dtype: torch.dtype, device: torch.device) -> None:
@@ -224,8 +307,12 @@ def quantize(model: Any, kind: str, *, double: bool, compute_dtype: torch.dtype,
     Raises:
         ModelError: the model has no linear layers to quantize.
     """
-    head = output_layer_name(model)
-    names = [name for name, module in model.named_modules() if name != head and (type(module) is nn.Linear or _is_conv1d(module))]
+    heads = output_layers(model)
+    names = [
+        name
+        for name, module in model.named_modules()
+        if not any(name == head or name.startswith(f"{head}.") for head in heads) and (type(module) is nn.Linear or _is_conv1d(module))
+    ]
     if not names:
         raise ModelError(f"base_model.quantization: {type(model).__name__} has no linear layers that {kind} could store")
     for name in names:

@@ -83,24 +83,26 @@ _INIT: tuple[tuple[str, object, str], ...] = (
 _INSTEAD = {"train.batch_tokens": "train.batch_size"}
 
 
-def commented_recipe(values: Mapping[str, object]) -> str:
+def commented_recipe(values: Mapping[str, object], comments: Mapping[str, str] | None = None) -> str:
     """A short recipe with comments to start from.
 
     Args:
         values: dotted key to value, written into the recipe; keys beyond the usual ones are added to their section.
             Nothing is validated here.
+        comments: dotted key to what is said beside its value instead of the usual comment.
     """
-    left = dict(values)
+    left, said = dict(values), comments or {}
     hidden = {_INSTEAD[key] for key in values if key in _INSTEAD}
     sections: dict[str, list[str]] = {}
-    for key, default, comment in _INIT:
+    for key, default, usual in _INIT:
         name = key.lstrip("#")
         if name in hidden:
             continue
         active = name in left or not key.startswith("#")
+        comment = said.get(name, usual)
         sections.setdefault(name.partition(".")[0], []).append(_line(name, left.pop(name, default), comment, active))
     for key, value in left.items():
-        sections.setdefault(key.partition(".")[0], []).append(_line(key, value, "", True))
+        sections.setdefault(key.partition(".")[0], []).append(_line(key, value, said.get(key, ""), True))
     lines = ["# A peftcli recipe. `peftcli check FILE` validates it, `peftcli train FILE` runs it; the README lists every key."]
     for section, body in sections.items():
         if not (len(body) == 1 and body[0].lstrip("# ").startswith(f"{section}:")):

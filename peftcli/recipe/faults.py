@@ -136,12 +136,12 @@ class Collector:
         elif isinstance(node.value, float) and not abs(node.value) < float("inf"):
             self._settle(here, "is not a finite number", found=show(node.text), allowed="a finite number, or text in quotes")
 
-    def unknown_method(self, names: Sequence[str]) -> None:
-        """The fault of a ``method.name`` that names no method; a missing one is left to the schema."""
-        found = place(self.root, ["method", "name"])
-        if found.path == ("method", "name") and not self._is_settled(found.path):
+    def unknown_name(self, section: str, names: Sequence[str]) -> None:
+        """The fault of a ``method.name`` or ``task.name`` that names none; a missing one is left to the schema."""
+        found = place(self.root, [section, "name"])
+        if found.path == (section, "name") and not self._is_settled(found.path):
             near = nearest(found.node.text, names)
-            self._settle(found, "no method has this name", found=_found(found.node), allowed=", ".join(names), nearest=near)
+            self._settle(found, f"no {section} has this name", found=_found(found.node), allowed=", ".join(names), nearest=near)
 
     def _secret(self, here: Place) -> None:
         self._settle(

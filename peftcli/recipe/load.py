@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, SerializeAsAny, ValidationError, create_model
+from pydantic import ConfigDict, Field, SerializeAsAny, ValidationError, create_model
 
 from peftcli.errors import Fault, RecipeError, UsageError, nearest
 from peftcli.methods import registry
@@ -19,6 +19,7 @@ from peftcli.recipe import overrides as edits
 from peftcli.recipe.faults import Collector, place
 from peftcli.recipe.nodes import Node, Stop
 from peftcli.recipe.schema import Recipe
+from peftcli.recipe.tasks import TASKS, CausalLMTask, TaskSection
 from peftcli.recipe.words import Lookup, schema_of
 
 
@@ -114,20 +115,23 @@ def _parse(text: str | bytes, file: str, overrides: Sequence[str], path: Path | 
 
 def _validate(root: Node, faults: list[Fault]) -> Recipe:
     config, method = _method(root)
+    task = _task(root)
     if method is not None:
         edits.recommend(root, method.recommended)
-    model = recipe_class(config)
-    collector = Collector(root, _lookup(config), list(faults))
+    model = recipe_class(config, task or _AnyTask)
+    collector = Collector(root, _lookup(config, task or _AnyTask), list(faults))
     collector.scan()
     if method is None:
-        collector.unknown_method(registry.names())
+        collector.unknown_name("method", registry.names())
+    if task is None:
+        collector.unknown_name("task", list(TASKS))
     bad = list(collector.settled)
     recipe: Recipe | None = None
     try:
         recipe = model.model_validate_json(_json(root), strict=True)
     except ValidationError as error:
         bad += collector.add(error.errors(include_url=False, include_context=False, include_input=False))
-    rules.check(collector)
+    rules.check(collector, task)
     if method is not None and (checkable := recipe or _sound_part(model, root, bad)) is not None:
         for key, message in method.check_recipe(checkable):
             steps = [int(part) if part.isdecimal() else part for part in key.split(".")]
@@ -148,6 +152,21 @@ class _AnyMethod(MethodConfig):
     model_config = ConfigDict(extra="allow")
 
 
+class _AnyTask(TaskSection):
+    """The same for a task."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+def _task(root: Node) -> type[TaskSection] | None:
+    """The named task's class of options; that of the default where none is named, ``None`` where there is no such task."""
+    node = edits.find(root, "task.name")
+    if node is None:
+        section = edits.find(root, "task")
+        return CausalLMTask if section is None else None
+    return TASKS.get(node.value) if isinstance(node.value, str) else None
+
+
 def _method(root: Node) -> tuple[type[MethodConfig], Any]:
     """The named method's config class and the method itself, or a stand-in and ``None``."""
     node = edits.find(root, "method.name")
@@ -158,15 +177,18 @@ def _method(root: Node) -> tuple[type[MethodConfig], Any]:
 
 
 @lru_cache(maxsize=256)
-def recipe_class(config: type[MethodConfig]) -> type[Recipe]:
-    """A recipe whose ``method`` is of one method's config class, so that one pass validates everything."""
-    field: Any = (SerializeAsAny[config], ...)  # type: ignore[misc, valid-type]
-    return create_model("Recipe", __base__=Recipe, method=field)
+def recipe_class(config: type[MethodConfig], task: type[TaskSection] = CausalLMTask) -> type[Recipe]:
+    """A recipe whose ``method`` and ``task`` are of one class each, so that one pass validates everything."""
+    fields: dict[str, Any] = {
+        "method": (SerializeAsAny[config], ...),  # type: ignore[misc, valid-type]
+        "task": (SerializeAsAny[task], Field(default_factory=CausalLMTask)),  # type: ignore[misc, valid-type]
+    }
+    return create_model("Recipe", __base__=Recipe, **fields)
 
 
 @lru_cache(maxsize=256)
-def _lookup(config: type[MethodConfig]) -> Lookup:
-    return Lookup(schema_of(recipe_class(config)))
+def _lookup(config: type[MethodConfig], task: type[TaskSection]) -> Lookup:
+    return Lookup(schema_of(recipe_class(config, task)))
 
 
 def _json(root: Node, without: Sequence[nodes.Path] = ()) -> str:

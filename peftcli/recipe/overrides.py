@@ -25,7 +25,7 @@ def expand(root: Node) -> None:
     top = root.value
     if not isinstance(top, dict):
         return
-    for key, field in (("base_model", "name"), ("method", "name"), ("dataset", "train")):
+    for key, field in (("base_model", "name"), ("task", "name"), ("method", "name"), ("dataset", "train")):
         node = top.get(key)
         if node is not None and (isinstance(node.value, str) or (key == "dataset" and isinstance(node.value, list))):
             top[key] = node.around({field: node})

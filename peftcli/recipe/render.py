@@ -8,14 +8,17 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel
 
 from peftcli.methods import registry
 from peftcli.recipe.dump import commented_recipe, dump_recipe, to_yaml
 from peftcli.recipe.load import recipe_class
 from peftcli.recipe.schema import Recipe
+from peftcli.recipe.tasks import TASKS
 from peftcli.recipe.words import Lookup, Schema, schema_of
 
 __all__ = ["commented_recipe", "dump_recipe", "json_schema", "reference_markdown", "schema_text"]
@@ -29,21 +32,28 @@ def json_schema() -> Schema:
     """
     schema = schema_of(Recipe)
     definitions: dict[str, Any] = schema["$defs"]
-    definitions.pop("MethodConfig", None)
-    names = registry.names()
-    branches: list[Schema] = [{"enum": names, "type": "string"}]
-    for name in names:
-        config = registry.get(name).Config.model_json_schema(ref_template=f"#/$defs/{name}.{{model}}")
-        for inner, definition in config.pop("$defs", {}).items():
-            definitions[f"{name}.{inner}"] = definition
-        config["properties"]["name"] = {"const": name, "type": "string", "description": "Name of the method."}
-        config["required"] = list(dict.fromkeys(["name", *config.get("required", [])]))
-        config["additionalProperties"] = False
-        definitions[f"method.{name}"] = config
-        branches.append({"$ref": f"#/$defs/method.{name}"})
-    schema["properties"]["method"] = {"anyOf": branches, "description": "The method, with its options."}
+    for name in ("MethodConfig", "TaskSection"):
+        definitions.pop(name, None)
+    methods = {name: registry.get(name).Config for name in registry.names()}
+    schema["properties"]["method"] = _one_of(definitions, "method", methods) | {"description": "The method, with its options."}
+    schema["properties"]["task"] = _one_of(definitions, "task", TASKS) | {"description": "What is learned.", "default": "causal_lm"}
     schema = _tidy(copy.deepcopy(schema))
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "peftcli recipe", **schema}
+
+
+def _one_of(definitions: dict[str, Any], section: str, configs: Mapping[str, type[BaseModel]]) -> Schema:
+    """A section that is one of several classes of options, told apart by ``name``; its name alone will do."""
+    branches: list[Schema] = [{"enum": list(configs), "type": "string"}]
+    for name, cls in configs.items():
+        config = cls.model_json_schema(ref_template=f"#/$defs/{name}.{{model}}")
+        for inner, definition in config.pop("$defs", {}).items():
+            definitions[f"{name}.{inner}"] = definition
+        config["properties"]["name"] = {"const": name, "type": "string", "description": f"Name of the {section}."}
+        config["required"] = list(dict.fromkeys(["name", *config.get("required", [])]))
+        config["additionalProperties"] = False
+        definitions[f"{section}.{name}"] = config
+        branches.append({"$ref": f"#/$defs/{section}.{name}"})
+    return {"anyOf": branches}
 
 
 def _tidy(node: Any) -> Any:
@@ -72,6 +82,11 @@ def reference_markdown() -> str:
         _table("train", _section(lookup, ("train",))),
         _table("eval", _section(lookup, ("eval",))),
     ]
+    config = registry.get(registry.names()[0]).Config
+    for name, task in TASKS.items():
+        options = Lookup(schema_of(recipe_class(config, task)))
+        rows = [row for row in _section(options, ("task",)) if row[0] != "name"]
+        parts.append(_table(f"task: {name}", rows, f"{task.summary} Formats: {', '.join(f'`{format}`' for format in task.formats)}."))
     for name in registry.names():
         method = registry.get(name)
         options = Lookup(schema_of(recipe_class(method.Config)))

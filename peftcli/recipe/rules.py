@@ -8,10 +8,15 @@ from typing import Any
 from peftcli.recipe.faults import Collector, place
 from peftcli.recipe.nodes import Node, show
 from peftcli.recipe.overrides import find
+from peftcli.recipe.tasks import TASKS, TaskSection
 
 
-def check(collector: Collector) -> None:
-    """Report every rule that the recipe breaks."""
+def check(collector: Collector, task: type[TaskSection] | None) -> None:
+    """Report every rule that the recipe breaks.
+
+    Args:
+        task: the class of its task's options; ``None`` where it names no task.
+    """
     root = collector.root
 
     def value(key: str) -> Any:
@@ -38,6 +43,29 @@ def check(collector: Collector) -> None:
                 fault(key, "needs evaluations during training", "together with train.eval_steps")
     if value("eval.generate") is True and not has_rows:
         fault("eval.generate", "needs held-out rows", f"together with {rows}")
+    if task is not None:
+        _fits_task(root, task, value, fault)
+
+
+def _fits_task(root: Node, task: type[TaskSection], value: Callable[[str], Any], fault: Callable[[str, str, str], None]) -> None:
+    name = task.model_fields["name"].default
+    allowed = ", ".join(("auto", *task.formats))
+    known = {format for other in TASKS.values() for format in other.formats}
+    for key in ("dataset.format", *_source_formats(root)):
+        if value(key) in known - set(task.formats):
+            fault(key, f"does not fit task {name}", allowed)
+    if value("eval.generate") is True and not task.generates:
+        fault("eval.generate", f"task {name} writes no answers", "false")
+
+
+def _source_formats(root: Node) -> list[str]:
+    """Dotted keys of the formats that single sources name."""
+    keys = []
+    for part in ("train", "eval"):
+        sources = find(root, f"dataset.{part}")
+        if sources is not None and isinstance(sources.value, list):
+            keys += [f"dataset.{part}.{index}.format" for index in range(len(sources.value))]
+    return keys
 
 
 def _exclusive(root: Node, value: Callable[[str], Any], fault: Callable[[str, str, str], None]) -> None:

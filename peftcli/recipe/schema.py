@@ -12,10 +12,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
 from peftcli.methods.base import MethodConfig
+from peftcli.recipe.tasks import CausalLMTask, TaskSection
 
 DType = Literal["auto", "float32", "bfloat16"]
 Quantization = Literal["nf4", "fp4", "int8"]
-Format = Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text"]
+Format = Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text", "classification"]
 Truncation = Literal["keep_start", "keep_end", "drop", "split", "error"]
 Scheduler = Literal["cosine", "linear", "constant"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "sgd"]
@@ -86,7 +87,7 @@ class DatasetSection(Section):
     format: Format = Field(
         "auto",
         description="`alpaca` (instruction, input, output), `sharegpt` (conversations: from, value), `messages` (role, content), "
-        "`prompt_completion`, `text`; `auto` looks at the columns.",
+        "`prompt_completion`, `text`, `classification` (text, label [text_pair]); `auto` looks at the columns.",
     )
     columns: dict[str, str] = Field({}, description="Column mapping, ours: yours, for example `{prompt: question, completion: answer}`.")
     chat_template: str | None = Field(
@@ -179,9 +180,10 @@ class EvalSection(Section):
 
 
 class Recipe(Section):
-    """A whole recipe. ``method`` is an instance of the named method's own ``Config``."""
+    """A whole recipe. ``method`` is an instance of the named method's own ``Config``, ``task`` of the named task's section."""
 
     base_model: BaseModelSection
+    task: SerializeAsAny[TaskSection] = Field(default_factory=CausalLMTask)
     method: SerializeAsAny[MethodConfig]
     dataset: DatasetSection
     train: TrainSection = Field(default_factory=TrainSection)

@@ -20,7 +20,7 @@ def schema_of(model: type[BaseModel]) -> Schema:
         field["anyOf"] = [*also, *inner]
 
     properties = schema["properties"]
-    for key in ("base_model", "method", "dataset"):
+    for key in ("base_model", "task", "method", "dataset"):
         if "$ref" in properties[key]:
             shorthand(properties[key], dict(text))
     source = {"$ref": "#/$defs/SourceSection"}

@@ -8,14 +8,13 @@ from importlib import resources
 from typing import Any
 
 from peftcli.report.bars import bars
+from peftcli.report.catalogue import figure
 from peftcli.report.curves import training_section
 from peftcli.report.highlight import highlight_yaml
 from peftcli.report.markdown import live_adapter_line
 from peftcli.report.markup import badge, data, facts, section, table, text, user_text
 from peftcli.report.schema import Example, LiveAdapterCheck, Report, SplitInfo
 from peftcli.report.text import (
-    EXPLANATIONS,
-    HIGHER_IS_BETTER,
     Comparison,
     comparisons,
     duration,
@@ -130,8 +129,9 @@ def _card(item: Comparison, *, lead: bool) -> str:
         f'<span class="{style}">{data(value, shown(value))}</span>' for _, style, value, _ in rows
     )
     ranges = [f"{name.lower()} {shown(interval[0])} to {shown(interval[1])}" for name, _, _, interval in rows if interval]
-    hint = EXPLANATIONS[item.name] + (", higher is better" if HIGHER_IS_BETTER[item.name] else ", lower is better")
-    top = 1.0 if HIGHER_IS_BETTER[item.name] else None
+    words = figure(item.name)
+    hint = ", ".join(part for part in (words.meaning, "higher is better" if words.higher_is_better else "lower is better") if part)
+    top = 1.0 if words.higher_is_better else None
     named = "".join(f"<span>{name}</span>" for name, _, _, _ in rows)
     footnote = f'<p class="range">95 %: {text("; ".join(ranges))}</p>' if ranges else ""
     verdict_mark = badge("worse", "bad", "▼") if item.tone == "bad" else badge("intervals overlap", "neutral", "≈") if item.overlaps else ""

@@ -16,7 +16,7 @@ from rich.progress import Progress as RichBar
 from rich.text import Text
 
 from peftcli.report.metrics import to_line
-from peftcli.report.text import duration, number, percent, size
+from peftcli.report.text import duration, metric, number, size
 
 Mode = Literal["auto", "rich", "plain", "json", "none"]
 
@@ -233,9 +233,7 @@ class RichProgress(NullProgress):
 
 def describe_audit(facts: dict[str, Any]) -> str:
     """The counts of the label audit in one line."""
-    share = percent(facts["supervised_tokens"] / max(1, facts["tokens"]))
-    cut = f", {facts['truncated']:,} truncated, {facts['dropped']:,} dropped" if facts["truncated"] or facts["dropped"] else ""
-    return f"label audit: {facts['rows']:,} rows, {facts['supervised_tokens']:,} of {facts['tokens']:,} tokens carry loss ({share}){cut}"
+    return f"label audit: {facts['summary']}"
 
 
 def describe_step(record: dict[str, Any]) -> list[str]:
@@ -255,12 +253,10 @@ def describe_step(record: dict[str, Any]) -> list[str]:
 def describe_evaluation(record: dict[str, Any]) -> str:
     """An evaluation in one line."""
     parts = [f"step {record['step']}  held-out"]
-    if (loss := record.get("eval_loss")) is not None:
-        parts.append(f"loss {number(float(loss))}")
-    if (perplexity := record.get("eval_perplexity")) is not None:
-        parts.append(f"perplexity {number(float(perplexity))}")
-    if (accuracy := record.get("eval_token_accuracy")) is not None:
-        parts.append(f"token accuracy {percent(accuracy)}")
+    for name, value in record.items():
+        if name.startswith("eval_") and value is not None:
+            plain = name.removeprefix("eval_")
+            parts.append(f"{plain.replace('_', ' ')} {metric(plain, float(value))}")
     return "  ".join(parts)
 
 

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from peftcli.report.catalogue import FIGURES, GENERATED
+
 Status = Literal["completed", "interrupted", "failed", "stopped_early"]
 
 SCHEMA_FILE = "report.schema.json"
@@ -158,12 +160,12 @@ class TrainInfo(Part):
 class EvalInfo(Part):
     """Measurements on the held-out rows. Plain numbers; their 95 % intervals stand beside them in `intervals`."""
 
-    loss: float = Field(description="Mean loss of a supervised token, in nats.")
-    perplexity: float | None = Field(description="exp(loss); null where that is not finite.")
-    token_accuracy: Share = Field(description="Share of supervised tokens whose most likely token is the right one.")
-    supervised_tokens: Count
+    loss: float = Field(description="Mean loss of a supervised token (of a row, where each is judged as a whole), in nats.")
+    metrics: dict[str, float] = Field(
+        default_factory=dict, description=f"Figures of the task by name: {', '.join(name for name in FIGURES if name != 'loss')}."
+    )
+    supervised_tokens: Count = Field(description="What the loss is the mean over: tokens that carry loss, or rows.")
     rows: Count
-    exact_match: Share | None = Field(None, description="Share of generated answers that equal the reference; null: not generated.")
     generated: Count | None = Field(None, description="Rows that an answer was generated for.")
     intervals: dict[str, Interval] = Field(default_factory=dict, description="Metric name to [low, high], 95 %.")
     seconds: Amount = 0.0
@@ -171,14 +173,16 @@ class EvalInfo(Part):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         for name in self.intervals:
-            if name not in METRICS:
-                raise ValueError(f"intervals: {name!r} names no metric; allowed: {', '.join(METRICS)}")
-        if self.exact_match is not None and not self.generated:
-            raise ValueError("exact_match needs `generated`, the number of answers that it is a share of")
+            if name != "loss" and name not in self.metrics:
+                raise ValueError(f"intervals: {name!r} names no metric; there are: {', '.join(('loss', *self.metrics))}")
+        for name in GENERATED:
+            if name in self.metrics and not self.generated:
+                raise ValueError(f"{name} needs `generated`, the number of answers that it is a figure of")
         return self
 
-
-METRICS = ("exact_match", "token_accuracy", "loss", "perplexity")
+    def figure(self, name: str) -> float | None:
+        """The loss or a metric by name; ``None`` where it was not measured."""
+        return self.loss if name == "loss" else self.metrics.get(name)
 
 
 class Example(Part):

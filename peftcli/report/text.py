@@ -6,18 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from peftcli.report.catalogue import FIGURES, GENERATED, figure
 from peftcli.report.schema import EvalInfo, Report
 
 Tone = Literal["good", "bad", "neutral"]
-
-LABELS = {"exact_match": "Exact match", "token_accuracy": "Token accuracy", "loss": "Loss", "perplexity": "Perplexity"}
-HIGHER_IS_BETTER = {"exact_match": True, "token_accuracy": True, "loss": False, "perplexity": False}
-EXPLANATIONS = {
-    "exact_match": "share of generated answers that equal the reference",
-    "token_accuracy": "share of supervised tokens predicted right",
-    "loss": "nats for each supervised token",
-    "perplexity": "exp(loss)",
-}
 
 
 def percent(share: float) -> str:
@@ -55,7 +47,7 @@ def metric(name: str, value: float | None) -> str:
     """A metric's value as people write it: shares in percent, losses plain."""
     if value is None:
         return "–"
-    return percent(value) if name in ("exact_match", "token_accuracy") else number(float(value))
+    return percent(value) if figure(name).share else number(float(value))
 
 
 def size(count: float) -> str:
@@ -114,13 +106,13 @@ class Comparison:
 
     @property
     def label(self) -> str:
-        return LABELS[self.name]
+        return figure(self.name).label
 
     @property
     def tone(self) -> Tone:
         if self.before is None or self.after is None or self.before == self.after:
             return "neutral"
-        return "good" if (self.after > self.before) == HIGHER_IS_BETTER[self.name] else "bad"
+        return "good" if (self.after > self.before) == figure(self.name).higher_is_better else "bad"
 
     @property
     def overlaps(self) -> bool:
@@ -134,13 +126,15 @@ def comparisons(report: Report) -> list[Comparison]:
     """The metrics that were measured before or after, the most telling first."""
 
     def value(info: EvalInfo | None, name: str) -> float | None:
-        return None if info is None else getattr(info, name)
+        return None if info is None else info.figure(name)
 
     def interval(info: EvalInfo | None, name: str) -> tuple[float, float] | None:
         return None if info is None else info.intervals.get(name)
 
     before, after = report.eval_before, report.eval
-    found = (Comparison(name, value(before, name), value(after, name), interval(before, name), interval(after, name)) for name in LABELS)
+    measured = [name for info in (before, after) if info is not None for name in info.metrics]
+    names = list(dict.fromkeys((*FIGURES, *measured)))
+    found = (Comparison(name, value(before, name), value(after, name), interval(before, name), interval(after, name)) for name in names)
     return [item for item in found if item.before is not None or item.after is not None]
 
 
@@ -185,9 +179,10 @@ def _outcome(report: Report, steps: str) -> tuple[str, Tone, str | None]:
             detail,
         )
     # Without generated answers the loss says more than the accuracy of single tokens.
-    lead = next((item for name in ("exact_match", "loss") for item in found if item.name == name and item.after is not None), found[0])
-    rows = report.eval.generated if lead.name == "exact_match" and report.eval.generated else report.eval.rows
-    label = lead.label if lead.name == "exact_match" else f"Held-out {lead.label.lower()}"
+    told = [item for item in found if item.after is not None and item.name not in ("token_accuracy", "perplexity")]
+    lead = told[0] if told else found[0]
+    rows = report.eval.generated if lead.name in GENERATED and report.eval.generated else report.eval.rows
+    label = lead.label if lead.name in GENERATED else f"Held-out {lead.name.replace('_', ' ')}"
     change = metric(lead.name, lead.after) if lead.before is None else f"{metric(lead.name, lead.before)} → {metric(lead.name, lead.after)}"
     if lead.tone == "bad":
         detail = "The tuned model is worse than the base model"

@@ -1,7 +1,7 @@
-"""The training loop. It knows methods only through their interface and names none.
+"""The training loop. It knows methods and tasks only through their interfaces and names none.
 
-The loss of an optimizer step is the sum of its tokens' losses over the number of its supervised tokens, counted over all
-accumulation steps and processes. The counts are known from the plan, so no process has to ask another.
+The loss of an optimizer step is the sum of its units' losses (tokens, or rows where each is judged as a whole) over the number
+of its units, counted over all accumulation steps and processes. The counts are known from the plan, so no process has to ask another.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from peftcli.data.batching import Batch, Plan, StepPlan, collate
-from peftcli.data.prepare import Split
+from peftcli.data.batching import Plan, StepPlan
+from peftcli.data.splits import Split
 from peftcli.errors import CheckpointError, TrainingError
 from peftcli.methods.base import Method, Tick
 from peftcli.methods.kinds import trainable_state
 from peftcli.recipe.schema import TrainSection
 from peftcli.report.metrics import MetricsWriter
 from peftcli.report.progress import Progress as Display
+from peftcli.tasks.base import Layout, Task
 from peftcli.train import checkpoint as checkpoints
 from peftcli.train.memory import peak_memory
 from peftcli.train.optimizers import learning_rate_factor
@@ -37,14 +38,16 @@ class Loop:
     """Everything a run needs, put together by ``peftcli.run``.
 
     Attributes:
-        module: the prepared task module; ``model``: the unwrapped model inside it.
-        evaluate: returns the held-out metrics of the model as it is (``loss``, ``perplexity``, ``token_accuracy``), or ``None``.
+        task: what is learned. ``module``: its prepared module; ``model``: the unwrapped model inside it.
+        layout: how rows become tensors.
+        evaluate: returns the held-out metrics of the model as it is, ``loss`` among them, or ``None``.
         progress: where the run stands, also after it failed. ``resumed_from``: name of the checkpoint that it went on from.
         identity: what a resumed run must share with the checkpoint (recipe, data, world size); differences are refused.
     """
 
     accelerator: Accelerator
     method: Method[Any]
+    task: Task[Any]
     module: nn.Module
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -52,8 +55,7 @@ class Loop:
     plan: Plan
     settings: TrainSection
     total_steps: int
-    packed: bool
-    pad_id: int
+    layout: Layout
     evaluate: Callable[[], dict[str, float] | None]
     metrics: MetricsWriter | None
     display: Display
@@ -82,7 +84,7 @@ class Loop:
                 factor = learning_rate_factor(progress.step + 1, self.total_steps, self.settings)
                 for group, peak in zip(self.optimizer.param_groups, peak_lrs, strict=True):
                     group["lr"] = peak * factor
-                supervised = sum(int(self.split.supervised[row][1:].sum()) for row in step.rows)
+                supervised = sum(self.split.units(row) for row in step.rows)
                 total, norm = self._step(step, supervised, progress)
                 progress.seconds += time.perf_counter() - clock
                 clock = time.perf_counter()
@@ -114,7 +116,7 @@ class Loop:
         scale = accelerator.num_processes / max(1, supervised)
         total = torch.zeros((), device=accelerator.device, dtype=torch.float64)
         for index, micro in enumerate(share):
-            batch = self._batch(micro or step.rows[:1], silent=not micro)
+            batch = self.task.batch(self.split, micro or step.rows[:1], self.layout, silent=not micro)
             final = index == len(share) - 1
             with contextlib.nullcontext() if final else accelerator.no_sync(self.module):
                 loss = self.method.loss(self.module, batch)
@@ -136,19 +138,9 @@ class Loop:
         self.method.after_step(self.model, tick)
         progress.step += 1
         progress.position += 1
-        progress.tokens += sum(len(self.split.input_ids[row]) for row in rows)
+        progress.tokens += sum(self.plan.lengths[row] for row in rows)
         progress.supervised_tokens += supervised
         return total, norm
-
-    def _batch(self, rows: Any, *, silent: bool) -> Batch:
-        return collate(
-            [self.split.input_ids[row] for row in rows],
-            [self.split.supervised[row] for row in rows],
-            packed=self.packed,
-            pad_id=self.pad_id,
-            device=self.accelerator.device,
-            silent=silent,
-        )
 
     def _log(self, progress: checkpoints.Progress, total: torch.Tensor, norm: float, supervised: int, last: bool) -> None:
         due = self._due(self.settings.logging_steps, progress.step) or progress.step == 1 or last

@@ -10,6 +10,7 @@ from peftcli.data.formats import Converter, check_format, check_mapping, convert
 from peftcli.data.neutral import Completion, Conversation, Document, Item, Message, digest
 from peftcli.data.readers import Row
 from peftcli.errors import DataError
+from peftcli.recipe.tasks import CausalLMTask
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 
@@ -19,7 +20,7 @@ def convert(
 ) -> Item:
     mapping = mapping or {}
     check_mapping(mapping, values, "rows")
-    name = detect(values, mapping, "rows") if format == "auto" else format
+    name = detect(values, mapping, "rows", CausalLMTask.formats) if format == "auto" else format
     items, empty = convert_rows([Row(values, "rows:1")], Converter(name, mapping, chat=chat, system=system))
     assert not empty
     return items[0]
@@ -47,12 +48,12 @@ def fault(values: dict[str, Any], format: str = "auto", mapping: dict[str, str] 
     ],
 )
 def test_detection(columns: list[str], mapping: dict[str, str], expected: str) -> None:
-    assert detect(columns, mapping, "rows") == expected
+    assert detect(columns, mapping, "rows", CausalLMTask.formats) == expected
 
 
 def test_unknown_columns_say_what_is_known_and_how_to_map() -> None:
     with pytest.raises(DataError) as caught:
-        detect(["question", "answer"], {}, "rows.jsonl")
+        detect(["question", "answer"], {}, "rows.jsonl", CausalLMTask.formats)
     message = str(caught.value)
     assert "rows.jsonl: no known format has the columns question, answer" in message
     assert "dataset.columns, for example {prompt: question, completion: answer}" in message
@@ -210,7 +211,7 @@ def test_mapped_column_is_named_as_the_user_wrote_it() -> None:
     ],
 )
 def test_rows_with_an_empty_answer_are_counted_not_lost(values: dict[str, Any], column: str) -> None:
-    items, empty = convert_rows([Row(values, "rows:7")], Converter(detect(values, {}, "rows"), {}, chat=True))
+    items, empty = convert_rows([Row(values, "rows:7")], Converter(detect(values, {}, "rows", CausalLMTask.formats), {}, chat=True))
     assert items == [] and empty == [("rows:7", column)]
 
 

@@ -17,9 +17,11 @@ from small_tokenizers import byte_tokenizer
 
 from peftcli.data.audit import audit_rows
 from peftcli.data.neutral import Completion, Document
-from peftcli.data.prepare import Prepared, Split, prepare, prepare_eval
+from peftcli.data.prepare import Prepared, prepare, prepare_eval
 from peftcli.data.sampling import choose, weigh
+from peftcli.data.splits import Split
 from peftcli.data.templates import load
+from peftcli.data.text_rows import TextRows
 from peftcli.data.tokenize import Encoder
 from peftcli.data.truncation import fit
 from peftcli.errors import DataError
@@ -34,7 +36,10 @@ def pairs(count: int, start: int = 0) -> list[dict[str, Any]]:
 
 def run(seed: int = 0, tokenizer: Any = None, max_positions: int | None = None, **section: Any) -> Prepared:
     return prepare(
-        DatasetSection(**section), tokenizer or byte_tokenizer(adds_bos=True), base_dir=Path(), seed=seed, max_positions=max_positions
+        TextRows(DatasetSection(**section), tokenizer or byte_tokenizer(adds_bos=True)),
+        base_dir=Path(),
+        seed=seed,
+        max_positions=max_positions,
     )
 
 
@@ -166,7 +171,7 @@ def test_hold_out_is_disjoint_deterministic_and_never_empty(write_rows: Write) -
     assert tiny.eval is not None and (tiny.train.counts.rows, tiny.eval.counts.rows) == (1, 1)
     with pytest.raises(DataError, match="1 distinct rows cannot be divided"):
         run(train=write_rows(pairs(1), "one.jsonl"), eval_fraction=0.5)
-    alone = prepare_eval(DatasetSection(train=path, eval_fraction=0.25), byte_tokenizer(adds_bos=True), base_dir=Path(), seed=1)
+    alone = prepare_eval(TextRows(DatasetSection(train=path, eval_fraction=0.25), byte_tokenizer(adds_bos=True)), base_dir=Path(), seed=1)
     assert same(alone, one.eval)
 
 
@@ -244,8 +249,8 @@ def test_documents_have_no_generation_examples(tmp_path: Path) -> None:
 def test_prepare_eval_needs_held_out_rows(write_rows: Write) -> None:
     path = write_rows(pairs(3))
     with pytest.raises(DataError, match="no held-out rows"):
-        prepare_eval(DatasetSection(train=path), byte_tokenizer(), base_dir=Path(), seed=0)
-    split = prepare_eval(DatasetSection(train=path, eval=path, eval_limit=2), byte_tokenizer(), base_dir=Path(), seed=0)
+        prepare_eval(TextRows(DatasetSection(train=path), byte_tokenizer()), base_dir=Path(), seed=0)
+    split = prepare_eval(TextRows(DatasetSection(train=path, eval=path, eval_limit=2), byte_tokenizer()), base_dir=Path(), seed=0)
     assert split.counts.rows == len(split.generation) == 2
 
 

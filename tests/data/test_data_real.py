@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from small_tokenizers import byte_tokenizer
 
-from peftcli.data.prepare import Prepared, Split, prepare
+from peftcli.data.prepare import Prepared, prepare
+from peftcli.data.splits import Split
+from peftcli.data.text_rows import TextRows
 from peftcli.errors import DataError
 from peftcli.recipe.schema import DatasetSection
 
@@ -19,7 +21,7 @@ Load = Callable[[str], Any]
 
 
 def run(tokenizer: Any, **section: Any) -> Prepared:
-    return prepare(DatasetSection(**section), tokenizer, base_dir=Path(), seed=42)
+    return prepare(TextRows(DatasetSection(**section), tokenizer), base_dir=Path(), seed=42)
 
 
 def learned(split: Split, tokenizer: Any) -> list[str]:

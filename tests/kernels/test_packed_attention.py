@@ -17,7 +17,7 @@ from torch import Tensor
 from peftcli.data.batching import collate
 from peftcli.kernels import attention
 from peftcli.kernels.attention import Documents, packed_attention, reference_attention
-from peftcli.model.task import CausalLM, supports_packing
+from peftcli.tasks.causal_lm import CausalLM, supports_packing
 
 
 def inputs(lengths: list[int], heads: int, groups: int, seed: int, width: int = 4) -> list[Tensor]:

@@ -16,7 +16,8 @@ from torch import Tensor
 from peftcli.data.batching import collate
 from peftcli.interchange import hf_peft
 from peftcli.methods.base import Context
-from peftcli.model.task import CausalLM
+from peftcli.tasks.base import Layout
+from peftcli.tasks.causal_lm import CausalLM
 
 KINDS = ["llama", "llama-mha", "llama-tied", "gpt2"]
 ROWS = [7, 12, 3, 9]
@@ -205,8 +206,10 @@ def check_whole_run(method: str, tmp_path: Path, model: Path, data: Path) -> Any
     from peftcli.data.prepare import prepare_eval
 
     assert result.recipe is not None
-    split = prepare_eval(result.recipe.dataset, result.base.tokenizer, base_dir=result.base_dir, seed=result.recipe.train.seed)
-    scores = Evaluator(PartialState(), split, result.base.tokenizer, True, 16).scores(CausalLM(result.model))
+    split = prepare_eval(
+        result.task.rows(result.recipe.dataset, result.base.tokenizer), base_dir=result.base_dir, seed=result.recipe.train.seed
+    )
+    scores = Evaluator(PartialState(), result.task, split, result.base.tokenizer, Layout(True, 3), 16).scores(CausalLM(result.model))
     assert scores.loss == report.eval.loss
     return report
 

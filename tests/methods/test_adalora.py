@@ -25,8 +25,8 @@ from peftcli.interchange import hf_peft
 from peftcli.methods.adalora import AdaLora, AdaLoraLayer
 from peftcli.methods.base import Loss, Tick
 from peftcli.methods.kinds import adapter_layers, trainable_state
-from peftcli.model.task import CausalLM
 from peftcli.recipe.load import parse_recipe
+from peftcli.tasks.causal_lm import CausalLM
 from peftcli.train import checkpoint as checkpoints
 
 TARGETS = {"llama": ["q_proj", "k_proj", "v_proj", "down_proj"], "llama-tied": ["q_proj", "v_proj"], "gpt2": ["c_attn", "c_proj"]}

@@ -53,12 +53,19 @@ def written_out(kind: str, variant: str, weights: dict[str, Tensor]) -> Any:
             up_b, up_w = (weights[key] for key in inside if ".adapter_up." in key)
             down_b, down_w = (weights[key] for key in inside if ".adapter_down." in key)
 
+            stream: dict[str, Tensor] = {}
+            if variant != "houlsby":
+                norm = model.get_submodule(
+                    name.removesuffix(end) + {"llama": "post_attention_layernorm", "gpt2": "ln_2"}[kind.removesuffix("-tied")]
+                )
+                norm.register_forward_pre_hook(lambda _, args, stream=stream: stream.update(x=args[0]))
+
             def hook(
-                _module: nn.Module, args: Any, kwargs: Any, output: Any,
+                _module: nn.Module, args: Any, kwargs: Any, output: Any, stream: dict[str, Tensor] = stream,
                 dw: Tensor = down_w, db: Tensor = down_b, uw: Tensor = up_w, ub: Tensor = up_b,
             ) -> Any:  # fmt: skip
                 y = output[0] if isinstance(output, tuple) else output
-                h = (args[0] if args else kwargs["hidden_states"]) if variant == "parallel" else y
+                h = {"houlsby": lambda: y, "pfeiffer": lambda: stream["x"] + y, "parallel": lambda: stream["x"]}[variant]()
                 new = y + scale * (act(h @ dw.t() + db) @ uw.t() + ub)
                 return (new, *output[1:]) if isinstance(output, tuple) else new
 
@@ -134,9 +141,10 @@ def tiny(family: str) -> Any:
     ("family", "variant", "expected"),
     [
         ("bert", "houlsby", ["encoder.layer.0.attention.output.dense", "encoder.layer.0.output.dense"]),
-        ("bert", "pfeiffer", ["encoder.layer.0.output.dense"]),
-        ("t5", "pfeiffer", ["encoder.block.0.layer.1.DenseReluDense.wo", "decoder.block.0.layer.2.DenseReluDense.wo"]),
-        ("t5", "parallel", ["encoder.block.0.layer.1.DenseReluDense", "decoder.block.0.layer.2.DenseReluDense"]),
+        ("bert", "pfeiffer", ["encoder.layer.0.output.LayerNorm"]),
+        ("bert", "parallel", ["encoder.layer.0.output"]),
+        ("t5", "pfeiffer", ["encoder.block.0.layer.1", "decoder.block.0.layer.2"]),
+        ("t5", "parallel", ["encoder.block.0.layer.1", "decoder.block.0.layer.2"]),
     ],
 )
 def test_places_in_other_families(family: str, variant: str, expected: list[str]) -> None:
@@ -151,8 +159,6 @@ def test_places_in_other_families(family: str, variant: str, expected: list[str]
 
 
 def test_faults() -> None:
-    with pytest.raises(UsageError, match=r"BertModel is no module of its own"):
-        helpers.make_method("adapter", variant="parallel").apply(tiny("bert"), Context())
     with pytest.raises(UsageError, match="no known names"):
         helpers.make_method("adapter").apply(nn.Sequential(nn.Linear(4, 4)), Context())
     with pytest.raises(UsageError, match="near: o_proj"):
@@ -169,14 +175,14 @@ def test_the_file_and_its_names(variant: str, quantization: str | None, tmp_path
     options = {
         "variant": variant,
         "bottleneck_size": 3,
-        "exclude_modules": ["layers.0.mlp" if variant == "parallel" else "0.mlp.down_proj"],
+        "exclude_modules": ["0.mlp.down_proj" if variant == "houlsby" else "layers.0.mlp"],
     }
     for turn in ("one", "two"):
         model, method = helpers.adapted("adapter", quantization=quantization, **options)
         helpers.stir(model)
         hf_peft.save_adapter(tmp_path / turn, model, method, base_model="some/base", revision=None)
     assert helpers.folder_bytes(tmp_path / "one") == helpers.folder_bytes(tmp_path / "two")
-    places = sorted(adapter_layers(model))
+    places = sorted(name for name, layer in adapter_layers(model).items() if isinstance(layer, BottleneckLayer))
     keys = {f"base_model.model.{place}.adapter_{part}.{kind}" for place in places for part in ("down", "up") for kind in ("weight", "bias")}
     assert set(load_file(tmp_path / "one" / hf_peft.WEIGHTS)) == keys
     fields = json.loads((tmp_path / "one" / hf_peft.CONFIG).read_text(encoding="utf-8"))
@@ -192,9 +198,8 @@ def test_merging_is_refused_with_the_reason(tmp_path: Path, tiny_folders: dict[s
 
     model, method = helpers.adapted("adapter")
     recipe = parse_recipe(helpers.recipe_for(tiny_folders["llama"], tmp_path, tmp_path, method="adapter"), "r.yaml").recipe
-    from peftcli import output
 
-    saved = output.save_result(tmp_path, model, method, helpers.tiny_tokenizer(), recipe, None)
+    saved = helpers.save_result(tmp_path, model, method, recipe)
     with pytest.raises(UsageError, match=r"adapter cannot be folded into the base: .*non-linearity"):
         merge.run(saved, tmp_path / "merged", dtype=None, base_model=None, overwrite=False, json=False, trust_remote_code=False)
 

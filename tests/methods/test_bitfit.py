@@ -80,10 +80,10 @@ def test_merged_weights_go_back_to_the_bases_dtype() -> None:
     model, _ = helpers.adapted("bitfit", "gpt2", torch.bfloat16)
     helpers.stir(model, scale=0.2)
     rows = [row.numpy() for row in helpers.some_ids(4, 20)]
-    before = logits_of(model, rows, torch.device("cpu"))  # float32 biases meet bfloat16 weights
+    before = logits_of(helpers.CAUSAL_LM, model, rows, torch.device("cpu"))  # float32 biases meet bfloat16 weights
     merged = merge(model)
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
-    after = logits_of(merged, rows, torch.device("cpu"))
+    after = logits_of(helpers.CAUSAL_LM, merged, rows, torch.device("cpu"))
     assert float((before - after).abs().max()) < 0.05 * float(before.abs().max())
 
 

@@ -20,8 +20,8 @@ from peftcli.merge import merge
 from peftcli.methods.base import Tick
 from peftcli.methods.delta_lora import DeltaLora
 from peftcli.methods.kinds import trainable_state
-from peftcli.model.task import CausalLM
 from peftcli.recipe.load import parse_recipe
+from peftcli.tasks.causal_lm import CausalLM
 from peftcli.train import checkpoint as checkpoints
 
 OPTIONS: dict[str, Any] = {"rank": 4, "alpha": 8, "delta_ratio": 0.5, "start_ratio": 0.34}

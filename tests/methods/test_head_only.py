@@ -16,6 +16,8 @@ from peftcli.interchange import hf_peft
 from peftcli.merge import merge
 from peftcli.methods.base import Context
 from peftcli.methods.kinds import trainable_state
+from peftcli.methods.targets import classification_heads
+from peftcli.model.heads import start_afresh
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2"])
@@ -70,7 +72,8 @@ def test_a_classifiers_head_starts_afresh_as_a_function_of_the_seed(family: str)
         model: Any = (
             tiny_bert(BertForSequenceClassification) if family == "bert" else LlamaForSequenceClassification(helpers.tiny_config("llama"))
         )
-        states.append(trainable_state(helpers.make_method("head_only").apply(model, Context(seed=5))))
+        start_afresh(model, classification_heads(model), seed=5)
+        states.append(trainable_state(helpers.make_method("head_only").apply(model, Context())))
     assert set(states[0]) == ({"classifier.weight", "classifier.bias"} if family == "bert" else {"score.weight"})
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert all(bool(p.any()) != name.endswith("bias") for name, p in states[0].items())

@@ -46,15 +46,15 @@ def sha(name: str) -> str:
 
 def measured(loss: float, accuracy: float, exact: float | None, exact_ends: list[float]) -> dict[str, Any]:
     intervals = {"loss": [loss * 0.93, loss * 1.07], "token_accuracy": [accuracy - 0.01, min(accuracy + 0.01, 1.0)]}
+    metrics = {"perplexity": math.exp(loss), "token_accuracy": accuracy}
     if exact is not None:
         intervals["exact_match"] = exact_ends
+        metrics["exact_match"] = exact
     return {
         "loss": loss,
-        "perplexity": math.exp(loss),
-        "token_accuracy": accuracy,
+        "metrics": metrics,
         "supervised_tokens": 1_792,
         "rows": 64,
-        "exact_match": exact,
         "generated": None if exact is None else 64,
         "intervals": intervals,
         "seconds": 21.4,

@@ -112,7 +112,7 @@ def test_numbers_are_the_reports(report: Report, metrics: Records) -> None:
     assert report.eval is not None
     assert report.eval_before is not None
     for info in (report.eval, report.eval_before):
-        assert {info.loss, info.perplexity, info.token_accuracy, info.exact_match} <= values
+        assert {info.loss, *info.metrics.values()} <= values
     train = report.train
     assert {train.loss_first, train.loss_last, train.seconds, train.tokens_per_second, train.supervised_tokens_per_second} <= values
     assert {float(count) for count in (train.steps, train.tokens, train.supervised_tokens, train.peak_memory_bytes)} <= values

@@ -124,6 +124,7 @@ def test_a_reader_that_went_away_does_not_end_the_training() -> None:
 
 
 AUDIT = {
+    "summary": "1,200 rows, 12,500 of 50,000 tokens carry loss (25.0 %), 3 truncated, 0 dropped",
     "rows": 1200, "tokens": 50000, "supervised_tokens": 12500, "truncated": 3, "dropped": 0,
     "example": [["<user>hi[b]", False], ["hello", True], ["\n", False]],
 }  # fmt: skip

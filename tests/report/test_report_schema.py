@@ -22,7 +22,7 @@ def test_schema_is_closed_and_names_the_promised_fields() -> None:
     promised = {"report_version", "status", "model", "method", "data", "train", "eval_before", "eval", "environment", "files", "checks"}
     assert promised <= set(schema["required"])
     parts = schema["$defs"]
-    assert {"loss", "perplexity", "token_accuracy", "exact_match"} <= set(parts["EvalInfo"]["required"])
+    assert {"loss", "metrics", "intervals"} <= set(parts["EvalInfo"]["required"])
     figures = {"steps", "epochs", "loss_first", "loss_last", "tokens", "seconds", "tokens_per_second", "peak_memory_bytes"}
     assert figures <= set(parts["TrainInfo"]["required"])
     assert {"rows", "tokens", "supervised_tokens", "truncated", "dropped"} <= set(parts["SplitInfo"]["required"])

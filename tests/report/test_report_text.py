@@ -62,17 +62,18 @@ def test_units() -> None:
 def test_verdict_leads_with_exact_match_then_loss(values: dict[str, Any]) -> None:
     assert judged(values).text == "Exact match 0 % → 92.2 % on 64 held-out rows"
     for name in ("eval", "eval_before"):
-        values[name].update(exact_match=None, generated=None)
+        values[name].update(generated=None)
+        values[name]["metrics"].pop("exact_match")
         values[name]["intervals"].pop("exact_match")
     assert judged(values).text == "Held-out loss 2.931 → 0.0903 on 64 held-out rows"
     assert judged(values).tone == "good"
 
 
 def test_verdict_is_not_kinder_than_the_numbers(values: dict[str, Any]) -> None:
-    values["eval_before"].update(exact_match=0.95)
+    values["eval_before"]["metrics"].update(exact_match=0.95)
     assert judged(values).tone == "bad"
     assert "worse" in judged(values).detail
-    values["eval_before"].update(exact_match=0.9)
+    values["eval_before"]["metrics"].update(exact_match=0.9)
     values["eval_before"]["intervals"]["exact_match"] = [0.8, 0.95]
     assert "may be chance" in judged(values).detail
     values["checks"]["live_adapter"]["passed"] = False
@@ -92,7 +93,7 @@ def test_comparisons_keep_the_plain_numbers(report: Report) -> None:
     found = {item.name: item for item in comparisons(report)}
     assert list(found) == ["exact_match", "token_accuracy", "loss", "perplexity"]
     assert report.eval is not None
-    assert found["exact_match"].after == report.eval.exact_match
+    assert found["exact_match"].after == report.eval.metrics["exact_match"]
     assert found["exact_match"].interval_after == (0.8299, 0.9661)
     assert not found["exact_match"].overlaps
     assert found["loss"].tone == "good"

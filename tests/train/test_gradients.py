@@ -11,17 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftcli.data.splits import Split
+from peftcli.data.splits import TextSplit
 from peftcli.errors import TrainingError
 from peftcli.evaluate import Evaluator
 from peftcli.methods.kinds import trainable_state
+from peftcli.tasks.base import Layout
 
 # Rows whose supervised tokens differ widely: a mean of means would be visibly wrong.
 RAGGED = [3, 20, 5, 11, 2, 17, 9, 4]
 
 
 def step_gradients(
-    split: Split, folder: Path, *, steps: int = 1, kind: str = "llama", name: str = "lora", **settings: Any
+    split: TextSplit, folder: Path, *, steps: int = 1, kind: str = "llama", name: str = "lora", **settings: Any
 ) -> list[dict[str, Tensor]]:
     """Gradients of the first ``steps`` optimizer steps in float64; the weights stay as they are."""
     options = {"rank": 4} if name == "lora" else {}
@@ -35,7 +36,7 @@ def step_gradients(
     return found
 
 
-def full_batch(split: Split, rows: list[int], name: str = "lora", kind: str = "llama") -> dict[str, Tensor]:
+def full_batch(split: TextSplit, rows: list[int], name: str = "lora", kind: str = "llama") -> dict[str, Tensor]:
     """The gradient of the mean loss over the supervised tokens of ``rows``, each row by itself, by plain cross-entropy."""
     model, _ = helpers.adapted(name, kind, torch.float64, **({"rank": 4} if name == "lora" else {}))
     helpers.stir(model)
@@ -194,11 +195,14 @@ def test_evaluation_does_not_depend_on_the_batch_size(kind: str, packed: bool, t
     split = helpers.make_split([*RAGGED, *range(2, 33)])
     loop = helpers.make_loop(model, method, split, tmp_path, steps=1)
     task = loop.module
-    scores = [Evaluator(loop.accelerator, split, helpers.tiny_tokenizer(), packed, size).scores(task) for size in (1, 4, 16)]  # type: ignore[arg-type]
+    scores = [
+        Evaluator(loop.accelerator, helpers.CAUSAL_LM, split, helpers.tiny_tokenizer(), Layout(packed, 3), size).scores(task)
+        for size in (1, 4, 16)
+    ]  # type: ignore[arg-type]
     with torch.no_grad():
         plain = float(helpers.loss_of(model, split, packed=False)) / sum(int(mask[1:].sum()) for mask in split.supervised)
     for score in scores:
         assert score.loss == pytest.approx(scores[0].loss, rel=1e-6)
         assert score.loss == pytest.approx(plain, rel=1e-5)
-        assert score.token_accuracy == scores[0].token_accuracy
-        assert score.supervised_tokens == sum(int(mask[1:].sum()) for mask in split.supervised)
+        assert score.metrics["token_accuracy"] == scores[0].metrics["token_accuracy"]
+        assert score.units == sum(int(mask[1:].sum()) for mask in split.supervised)

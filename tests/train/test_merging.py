@@ -46,7 +46,7 @@ def test_merged_saved_and_loaded_again_computes_the_same(kind: str, options: dic
     new = options.pop("new", ())
     model = helpers.make_method("lora", rank=4, **options).apply(helpers.tiny_model(kind), Context(new_token_ids=new))
     helpers.stir(model)
-    before = logits_of(model, rows(), CPU)
+    before = logits_of(helpers.CAUSAL_LM, model, rows(), CPU)
     embedding = model.get_input_embeddings().weight.detach().clone()
     merged = merge(model)
     if not new:
@@ -54,7 +54,7 @@ def test_merged_saved_and_loaded_again_computes_the_same(kind: str, options: dic
             "a change of the output layer must not reach the tied embedding"
         )
     again = reload(tmp_path, merged)
-    found = parity(before, logits_of(again, rows(), CPU), exact=True)
+    found = parity(before, logits_of(helpers.CAUSAL_LM, again, rows(), CPU), exact=True)
     assert found.passed, found
     assert again.config.tie_word_embeddings == (again.get_input_embeddings().weight is again.get_output_embeddings().weight)
     if kind != "llama" and "modules_to_save" not in options and options.get("target_modules") != ["lm_head"]:
@@ -65,7 +65,7 @@ def test_a_quantized_merge_uses_the_dequantized_base(tmp_path: Path) -> None:
     """Folded into the original dense base instead, the result would be another model."""
     model, _ = helpers.adapted("qlora", quantization="nf4", rank=4)
     helpers.stir(model, scale=0.02)
-    before = logits_of(model, rows(), CPU)
+    before = logits_of(helpers.CAUSAL_LM, model, rows(), CPU)
     adapters = adapter_layers(model)
     wrong = helpers.tiny_model("llama")
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_a_quantized_merge_uses_the_dequantized_base(tmp_path: Path) -> None:
             plain = wrong.get_submodule(name)
             plain.weight.copy_(layer.fold(plain.weight, None)[0])
     right = reload(tmp_path, merge(model))
-    good, bad = (parity(before, logits_of(other, rows(), CPU), exact=False) for other in (right, wrong))
+    good, bad = (parity(before, logits_of(helpers.CAUSAL_LM, other, rows(), CPU), exact=False) for other in (right, wrong))
     assert good.passed
     assert good.kl < 0.05 * bad.kl
     assert good.kl <= 1e-6
@@ -114,12 +114,12 @@ def test_a_merged_dtype_can_be_chosen(dtype: torch.dtype) -> None:
 def test_a_model_that_differs_fails_the_check(tmp_path: Path) -> None:
     model, _ = helpers.adapted("lora", rank=4)
     helpers.stir(model)
-    before = logits_of(model, rows(), CPU)
+    before = logits_of(helpers.CAUSAL_LM, model, rows(), CPU)
     merged = merge(model)
-    assert parity(before, logits_of(merged, rows(), CPU), exact=True).passed
+    assert parity(before, logits_of(helpers.CAUSAL_LM, merged, rows(), CPU), exact=True).passed
     with torch.no_grad():
         merged.model.layers[0].self_attn.q_proj.weight[0] += 0.5
-    other = logits_of(merged, rows(), CPU)
+    other = logits_of(helpers.CAUSAL_LM, merged, rows(), CPU)
     with pytest.raises(CheckFailed, match=r"largest difference .*allowed: max_difference <= 0\.000\d+") as caught:
         check(parity(before, other, exact=True), tmp_path)
     assert caught.value.exit_code == 8

@@ -1,0 +1,94 @@
+"""A recipe as far as it can be known without weights: its rows, its order of steps, and its memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from peftcli.data.batching import Plan
+from peftcli.data.prepare import Prepared, prepare
+from peftcli.estimate import Estimate, estimate, fake_model
+from peftcli.methods import registry
+from peftcli.methods.base import Method
+from peftcli.model.load import Opened, open_base
+from peftcli.plan import make_plan
+from peftcli.recipe.load import LoadedRecipe
+from peftcli.recipe.schema import Recipe
+from peftcli.result import default_device
+from peftcli.tasks import registry as tasks
+from peftcli.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What several recipes over the same model and rows share.
+
+    Attributes:
+        opened: the model. ``task``: settled by the rows. ``data``: the rows, as the model will see them.
+        program: bytes of the process itself, 0 where memory is counted for a GPU.
+    """
+
+    opened: Opened
+    task: Task[Any]
+    data: Prepared
+    program: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the computation."""
+        return self.opened.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the computation."""
+        return self.opened.device
+
+    def need(self, recipe: Recipe) -> Estimate:
+        """The memory of a run of ``recipe``, whose ``base_model`` and ``dataset`` must be those of the forecast."""
+        method, mode = _method(recipe), FakeTensorMode(allow_non_fake_inputs=True)
+        # A method whose result is a whole model trains float32 weights, whatever the computation's dtype.
+        storage = torch.float32 if method.caps.whole_model else self.dtype
+        model = fake_model(self.opened, storage, mode, self.task)
+        return estimate(
+            model,
+            method,
+            self.task,
+            recipe,
+            self.data,
+            self.plan(recipe),
+            self.dtype,
+            mode,
+            device=self.device,
+            program=self.program,
+            gguf=self.opened.source.gguf_file is not None,
+        )
+
+    def plan(self, recipe: Recipe) -> Plan:
+        """The order of the rows, for one process."""
+        return make_plan(recipe, self.data, 1)
+
+
+def forecast(loaded: LoadedRecipe, *, trust_remote_code: bool = False) -> Forecast:
+    """Find the model, read its tokenizer and the rows.
+
+    Raises:
+        PeftcliError: the model, the tokenizer or the data cannot be had, or do not fit the recipe.
+    """
+    recipe = loaded.recipe
+    device = default_device()
+    opened = open_base(recipe.base_model, device=device, base_dir=loaded.base_dir, trust_remote_code=trust_remote_code)
+    task = tasks.make(recipe.task)
+    rows = task.rows(recipe.dataset, opened.tokenizer)
+    limit = _method(recipe).row_limit(opened.max_positions)
+    data = prepare(rows, base_dir=loaded.base_dir, seed=recipe.train.seed, max_positions=limit)
+    task.settle(rows)
+    program = psutil.Process().memory_info().rss if device.type == "cpu" else 0
+    return Forecast(opened, task, data, program)
+
+
+def _method(recipe: Recipe) -> Method[Any]:
+    return registry.get(recipe.method.name)(recipe.method)

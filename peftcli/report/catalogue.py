@@ -1,0 +1,39 @@
+"""Every figure that a run may report of held-out rows: how it is called, what it means, which way is better.
+
+The order is that of the tables: the most telling first.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Figure(NamedTuple):
+    """A metric in words. ``share``: from 0 to 1, shown in percent."""
+
+    label: str
+    meaning: str
+    higher_is_better: bool = True
+    share: bool = False
+
+
+FIGURES: dict[str, Figure] = {
+    "exact_match": Figure("Exact match", "share of generated answers that equal the reference", share=True),
+    "accuracy": Figure("Accuracy", "share of rows judged right", share=True),
+    "f1": Figure("F1", "harmonic mean of precision and recall: of class 1 where there are two, else the mean over classes"),
+    "f1_micro": Figure("Micro F1", "F1 over all labels of all rows together"),
+    "matthews": Figure("Matthews", "Matthews correlation of found and true class, -1 to 1"),
+    "pearson": Figure("Pearson", "linear correlation with the true number, -1 to 1"),
+    "spearman": Figure("Spearman", "rank correlation with the true number, -1 to 1"),
+    "mean_absolute_error": Figure("Mean absolute error", "mean distance from the true number", higher_is_better=False),
+    "token_accuracy": Figure("Token accuracy", "share of supervised tokens predicted right", share=True),
+    "loss": Figure("Loss", "mean over what carries loss, in nats", higher_is_better=False),
+    "perplexity": Figure("Perplexity", "exp(loss)", higher_is_better=False),
+}
+# What tells of generated answers, and so of as many rows as were generated.
+GENERATED = ("exact_match",)
+
+
+def figure(name: str) -> Figure:
+    """The metric's words; a name that is not in the list stands for itself, higher being better."""
+    return FIGURES.get(name) or Figure(name.replace("_", " ").capitalize(), "")

@@ -1,0 +1,132 @@
+"""The one interface that every task implements: from rows to batches, from a batch to the loss, from measurements to metrics.
+
+A task is one file: a subclass of :class:`Task`, its options in ``peftcli.recipe.tasks``, and a line in
+``peftcli.tasks.registry``. The loop, the evaluation and the report know tasks only through this module.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from peftcli.data.kinds import RowKind
+from peftcli.data.splits import Split
+from peftcli.methods.base import Loss
+from peftcli.recipe.schema import DatasetSection
+from peftcli.recipe.tasks import TaskSection
+
+S = TypeVar("S", bound=TaskSection)
+Measured = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows become tensors.
+
+    Attributes:
+        packed: end to end in one row, without padding; else padded on the right.
+        pad_id: the token of the padding.
+        device: where the tensors go.
+    """
+
+    packed: bool
+    pad_id: int
+    device: torch.device | str = "cpu"
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output layer that a task needs, for transformers' config.
+
+    Attributes:
+        labels: names of the outputs. ``problem``: transformers' ``problem_type``.
+    """
+
+    labels: tuple[str, ...]
+    problem: str
+
+
+class Metric(NamedTuple):
+    """A figure and its 95 % interval, ``None`` where there is none."""
+
+    value: float
+    interval: tuple[float, float] | None
+
+
+class TaskModule(nn.Module, ABC):
+    """A model with the task's loss around it: what Accelerate prepares. ``model`` is the unwrapped model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @abstractmethod
+    def forward(self, batch: Any) -> Loss:
+        """The summed loss of a batch."""
+
+    @abstractmethod
+    def measure(self, batch: Any) -> Measured:
+        """What the metrics need of each row of a batch, without gradient: tensors [rows, ...] on the CPU; ``loss`` [rows]
+        float64 (sum over the row's units) and ``units`` [rows] int64 among them. A row's values do not depend on the others."""
+
+
+class Task(ABC, Generic[S]):
+    """A kind of problem.
+
+    Class attributes:
+        auto_model: name of the class of transformers that loads its models.
+        peft_type: PEFT's name of the task.
+    """
+
+    auto_model: ClassVar[str]
+    peft_type: ClassVar[str]
+
+    def __init__(self, section: S) -> None:
+        self.section = section
+
+    @abstractmethod
+    def rows(self, config: DatasetSection, tokenizer: Any) -> RowKind[Any]:
+        """What the dataset's rows become in this run."""
+
+    def settle(self, rows: RowKind[Any]) -> S:
+        """The section with what the training rows told, as the run's folder keeps it; also taken as the task's own."""
+        return self.section
+
+    def head(self) -> Head | None:
+        """The output layer to put on the base, once the rows are known; ``None``: the base's own."""
+        return None
+
+    @abstractmethod
+    def module(self, model: nn.Module) -> TaskModule:
+        """The model with this task's loss."""
+
+    def packs(self, model: nn.Module, vocabulary: int, longest: int) -> bool:
+        """Whether rows of at most ``longest`` tokens may lie end to end without seeing each other, found by trying."""
+        return False
+
+    @abstractmethod
+    def batch(self, split: Split, rows: Sequence[int], layout: Layout, *, silent: bool = False) -> Any:
+        """Rows of a split as tensors.
+
+        Args:
+            silent: nothing in it carries loss (for a process that has no rows of its own in a step).
+        """
+
+    @abstractmethod
+    def masks(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Which positions of a batch's input ids hold tokens and no padding, and which carry loss: booleans of their shape. Where
+        rows are judged as a whole, every token does."""
+
+    @abstractmethod
+    def scores(self, measured: Mapping[str, Tensor], split: Split) -> dict[str, Metric]:
+        """Metrics from what :meth:`TaskModule.measure` gave for the first rows of a split, all rows together."""
+
+    def probe(self, model: nn.Module, ids: Tensor) -> Tensor:
+        """[positions, outputs] logits of one row of token ids [1, length], to compare two models by."""
+        logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        return logits.flatten(0, -2)

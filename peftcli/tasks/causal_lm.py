@@ -1,0 +1,170 @@
+"""Next-token prediction: chats, completions, documents."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftcli.data.batching import Batch, collate
+from peftcli.data.splits import Split, TextSplit
+from peftcli.data.text_rows import TextRows
+from peftcli.kernels.attention import PackingUnsupportedError
+from peftcli.kernels.cross_entropy import sum_cross_entropy
+from peftcli.methods.base import Loss
+from peftcli.recipe import tasks as options
+from peftcli.recipe.schema import DatasetSection
+from peftcli.tasks.base import Layout, Measured, Metric, Task, TaskModule
+from peftcli.tasks.intervals import ratio, wilson
+
+# float32 logits of this many positions at once, in evaluation.
+_SLICE = 128
+
+
+class CausalLM(TaskModule):
+    """Next-token prediction with a transformers model.
+
+    The output layer is called as a module (adapters on it take part), and only on positions that carry loss.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def forward(self, batch: Batch) -> Loss:
+        total, correct = sum_cross_entropy(self.logits(batch), batch.targets)
+        return Loss(total, correct, {})
+
+    def logits(self, batch: Batch) -> Tensor:
+        """[supervised, vocabulary] logits at ``batch.positions``."""
+        model: Any = self.model
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+        if batch.documents is not None:
+            # A mask of four dimensions is passed through as it is: no square mask of the whole row is built, and the
+            # packed attention, which knows the documents, looks at none.
+            inputs |= {
+                "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device),
+                "documents": batch.documents,
+            }
+            if self._keeps:
+                logits: Tensor = model(**inputs, logits_to_keep=batch.positions).logits
+                return logits[0]
+        else:
+            inputs["attention_mask"] = batch.attention_mask
+        whole: Tensor = model(**inputs).logits
+        return whole.flatten(0, 1).index_select(0, batch.positions)
+
+    def measure(self, batch: Batch) -> Measured:
+        losses, hits = self.token_losses(batch)
+        units = torch.tensor(batch.counts, dtype=torch.long)
+        owner = torch.repeat_interleave(torch.arange(len(units)), units)
+        loss = torch.zeros(len(units), dtype=torch.float64).index_add_(0, owner, losses.double().cpu())
+        correct = torch.zeros_like(units).index_add_(0, owner, hits.long().cpu())
+        return {"loss": loss, "units": units, "correct": correct}
+
+    def token_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """[supervised] cross-entropy in float32 and whether the target was a most likely token, a slice at a time."""
+        logits = self.logits(batch)
+        losses, hits = [], []
+        for start in range(0, logits.shape[0], _SLICE):
+            rows, target = logits[start : start + _SLICE], batch.targets[start : start + _SLICE]
+            wide = rows if rows.dtype == torch.float64 else rows.float()
+            losses.append(F.cross_entropy(wide, target, reduction="none"))
+            hits.append(wide.gather(1, target[:, None]).squeeze(1) == wide.amax(1))
+        if not losses:
+            return logits.new_zeros(0), batch.targets.bool()
+        return torch.cat(losses), torch.cat(hits)
+
+
+class CausalLMTask(Task[options.CausalLMTask]):
+    """A language model learns to continue text."""
+
+    auto_model = "AutoModelForCausalLM"
+    peft_type = "CAUSAL_LM"
+
+    def rows(self, config: DatasetSection, tokenizer: Any) -> TextRows:
+        return TextRows(config, tokenizer)
+
+    def module(self, model: nn.Module) -> CausalLM:
+        return CausalLM(model)
+
+    def packs(self, model: nn.Module, vocabulary: int, longest: int) -> bool:
+        return supports_packing(model, vocabulary, longest)
+
+    def batch(self, split: Split, rows: Sequence[int], layout: Layout, *, silent: bool = False) -> Batch:
+        assert isinstance(split, TextSplit)
+        return collate(
+            [split.input_ids[row] for row in rows],
+            [split.supervised[row] for row in rows],
+            packed=layout.packed,
+            pad_id=layout.pad_id,
+            device=layout.device,
+            silent=silent,
+        )
+
+    def masks(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        supervised = torch.zeros(batch.input_ids.numel(), dtype=torch.bool, device=batch.input_ids.device)
+        supervised[batch.positions] = True
+        tokens = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
+        return tokens.bool(), supervised.view_as(batch.input_ids)
+
+    def scores(self, measured: Mapping[str, Tensor], split: Split) -> dict[str, Metric]:
+        return token_scores(measured)
+
+    def probe(self, model: nn.Module, ids: Tensor) -> Tensor:
+        row = ids[0].cpu().numpy().astype(np.int32)
+        return CausalLM(model).logits(collate([row], [np.ones(len(row), dtype=np.bool_)], packed=False, device=ids.device))
+
+
+def token_scores(measured: Mapping[str, Tensor]) -> dict[str, Metric]:
+    """Perplexity and token accuracy from ``loss``, ``units`` and ``correct`` [rows] each."""
+    tokens, correct = int(measured["units"].sum()), int(measured["correct"].sum())
+    low, high = ratio(measured["loss"], measured["units"])
+    return {
+        "perplexity": Metric(_exp(float(measured["loss"].sum() / tokens)), (_exp(low), _exp(high))),
+        "token_accuracy": Metric(correct / tokens, wilson(correct, tokens)),
+    }
+
+
+def _exp(value: float) -> float:
+    return math.exp(min(value, 700.0))
+
+
+def supports_packing(model: Any, vocabulary: int, longest: int | None = None) -> bool:
+    """Whether rows laid end to end stay apart in this model, found by trying: the second row's logits must be those that
+    it has alone, and the first row must not matter to them at all.
+
+    Args:
+        longest: tokens of the longest row; rows longer than a sliding attention window cannot be packed.
+    """
+    config = getattr(model, "config", None)
+    window = getattr(config.get_text_config(), "sliding_window", None) if config is not None else None
+    if window and (longest is None or longest > window):
+        return False
+
+    task = CausalLM(model)
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            tail = np.asarray([5, 3, 4, 2], dtype=np.int32) % vocabulary
+            answers = []
+            for head in ([1, 2, 3], [3, 1, 2]):
+                rows = [np.asarray(head, dtype=np.int32) % vocabulary, tail]
+                masks = [np.zeros(3, dtype=np.bool_), np.ones(4, dtype=np.bool_)]
+                answers.append(task.logits(collate(rows, masks, packed=True, device=device)))
+            alone = task.logits(collate([tail], [np.ones(4, dtype=np.bool_)], packed=False, device=device))
+    except (TypeError, ValueError, RuntimeError, NotImplementedError, PackingUnsupportedError):
+        return False
+    finally:
+        model.train(training)
+    scale = float(alone.abs().max()) + 1e-6
+    close = float((answers[0].float() - alone.float()).abs().max()) <= 0.05 * scale
+    return bool(torch.equal(answers[0], answers[1])) and close

@@ -1,0 +1,207 @@
+"""One judgement for a text or a pair of texts: a class, several labels, or a number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftcli.data.batching import pad
+from peftcli.data.kinds import RowKind
+from peftcli.data.labelled_rows import LabelledRows
+from peftcli.data.splits import LabelledSplit, Split
+from peftcli.methods.base import Loss
+from peftcli.recipe import tasks as options
+from peftcli.recipe.schema import DatasetSection
+from peftcli.tasks.base import Head, Layout, Measured, Metric, Task, TaskModule
+from peftcli.tasks.intervals import bootstrap, wilson
+
+_PROBLEMS = {
+    "single_label": "single_label_classification",
+    "multi_label": "multi_label_classification",
+    "regression": "regression",
+}
+
+
+@dataclass(frozen=True)
+class LabelledBatch:
+    """Rows as tensors, padded on the right.
+
+    Attributes:
+        input_ids, attention_mask: [rows, longest]; ``token_type_ids`` likewise, where the model has them.
+        targets: [rows] int64 classes, or [rows, outputs] float32 for several labels and for numbers.
+        silent: nothing carries loss.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    token_type_ids: Tensor | None
+    targets: Tensor
+    silent: bool
+
+
+class Classifier(TaskModule):
+    """A model with a classification head. The loss of a row is the cross-entropy of its class, the mean binary cross-entropy
+    of its labels, or the squared error of its number.
+
+    Args:
+        problem: ``single_label``, ``multi_label`` or ``regression``.
+    """
+
+    def __init__(self, model: nn.Module, problem: str) -> None:
+        super().__init__(model)
+        self.problem = problem
+
+    def logits(self, batch: LabelledBatch) -> Tensor:
+        """[rows, outputs], in float32 at least."""
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if batch.token_type_ids is not None:
+            inputs["token_type_ids"] = batch.token_type_ids
+        found: Tensor = self.model(**inputs).logits
+        return found if found.dtype == torch.float64 else found.float()
+
+    def forward(self, batch: LabelledBatch) -> Loss:
+        logits = self.logits(batch)
+        losses = self.losses(logits, batch.targets)
+        total = losses.sum() * 0.0 if batch.silent else losses.sum()
+        hits = (logits.argmax(-1) == batch.targets).sum() if self.problem == "single_label" else torch.zeros((), dtype=torch.long)
+        return Loss(total, hits, {})
+
+    def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """[rows] losses."""
+        if self.problem == "single_label":
+            return F.cross_entropy(logits, targets, reduction="none")
+        targets = targets.to(logits.dtype)
+        if self.problem == "multi_label":
+            return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(-1)
+        return F.mse_loss(logits, targets, reduction="none").mean(-1)
+
+    def measure(self, batch: LabelledBatch) -> Measured:
+        logits = self.logits(batch)
+        losses = self.losses(logits, batch.targets)
+        units = torch.ones(len(losses), dtype=torch.long)
+        return {"loss": losses.double().cpu(), "units": units, "outputs": logits.double().cpu()}
+
+
+class SequenceClassification(Task[options.SequenceClassificationTask]):
+    """Classification and regression of whole texts."""
+
+    auto_model = "AutoModelForSequenceClassification"
+    peft_type = "SEQ_CLS"
+
+    def rows(self, config: DatasetSection, tokenizer: Any) -> LabelledRows:
+        return LabelledRows(config, tokenizer, self.section.problem, self.section.labels)
+
+    def settle(self, rows: RowKind[Any]) -> options.SequenceClassificationTask:
+        assert isinstance(rows, LabelledRows)
+        labels = None if rows.labels is None else list(rows.labels)
+        self.section = self.section.model_copy(update={"problem": rows.problem, "labels": labels})
+        return self.section
+
+    def head(self) -> Head:
+        problem, labels = self.section.problem, self.section.labels
+        assert problem is not None, "the rows settle it"
+        return Head(tuple(labels or ("value",)), _PROBLEMS[problem])
+
+    def module(self, model: nn.Module) -> Classifier:
+        assert self.section.problem is not None, "the rows settle it"
+        return Classifier(model, self.section.problem)
+
+    def batch(self, split: Split, rows: Sequence[int], layout: Layout, *, silent: bool = False) -> LabelledBatch:
+        assert isinstance(split, LabelledSplit)
+        ids, mask = pad([split.input_ids[row] for row in rows], layout.pad_id)
+        segments = None if split.segments is None else pad([split.segments[row] for row in rows], 0)[0].to(layout.device)
+        targets = torch.from_numpy(split.targets[list(rows)])
+        single = self.section.problem == "single_label"
+        targets = targets[:, 0].long() if single else targets.float()
+        return LabelledBatch(ids.to(layout.device), mask.to(layout.device), segments, targets.to(layout.device), silent)
+
+    def masks(self, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
+        return batch.attention_mask.bool(), batch.attention_mask.bool()
+
+    def scores(self, measured: Mapping[str, Tensor], split: Split) -> dict[str, Metric]:
+        assert isinstance(split, LabelledSplit)
+        outputs = measured["outputs"].numpy()
+        targets = split.targets[: len(outputs)]
+        match self.section.problem:
+            case "single_label":
+                return class_scores(outputs.argmax(-1), targets[:, 0].astype(np.int64), classes=outputs.shape[1])
+            case "multi_label":
+                return label_scores(outputs > 0, targets > 0.5)
+        return number_scores(outputs[:, 0], targets[:, 0])
+
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+
+def class_scores(found: Ints, wanted: Ints, *, classes: int) -> dict[str, Metric]:
+    """Accuracy, macro F1 (F1 of class 1 where there are two, as GLUE has it) and Matthews correlation.
+
+    Args:
+        found, wanted: [rows] class indices.
+    """
+    from sklearn.metrics import f1_score, matthews_corrcoef
+
+    kind = "binary" if classes == 2 else "macro"
+    known = list(range(classes))
+
+    def f1(rows: Ints | slice) -> float:
+        labels = {} if kind == "binary" else {"labels": known}
+        return float(f1_score(wanted[rows], found[rows], average=kind, zero_division=0.0, **labels))
+
+    def matthews(rows: Ints | slice) -> float:
+        return float(matthews_corrcoef(wanted[rows], found[rows]))
+
+    hits = int((found == wanted).sum())
+    figures = {"f1": f1, "matthews": matthews}
+    return {"accuracy": Metric(hits / len(wanted), wilson(hits, len(wanted))), **_resampled(figures, len(wanted))}
+
+
+def label_scores(found: Bools, wanted: Bools) -> dict[str, Metric]:
+    """Accuracy (every label of a row right), micro and macro F1. Arguments are [rows, labels]."""
+    from sklearn.metrics import f1_score
+
+    hits = int((found == wanted).all(-1).sum())
+
+    def micro(rows: Ints | slice) -> float:
+        return float(f1_score(wanted[rows], found[rows], average="micro", zero_division=0.0))
+
+    def macro(rows: Ints | slice) -> float:
+        return float(f1_score(wanted[rows], found[rows], average="macro", zero_division=0.0))
+
+    return {
+        "accuracy": Metric(hits / len(wanted), wilson(hits, len(wanted))),
+        **_resampled({"f1_micro": micro, "f1": macro}, len(wanted)),
+    }
+
+
+def number_scores(found: Floats, wanted: Floats) -> dict[str, Metric]:
+    """Pearson and Spearman correlation and the mean absolute error. Arguments are [rows]."""
+    from scipy.stats import pearsonr, spearmanr
+
+    def correlation(measure: Callable[..., Any]) -> Callable[[Ints | slice], float]:
+        def figure(rows: Ints | slice) -> float:
+            one, two = found[rows], wanted[rows]
+            return float(measure(one, two).statistic) if len(one) > 1 and np.ptp(one) and np.ptp(two) else float("nan")
+
+        return figure
+
+    def distance(rows: Ints | slice) -> float:
+        return float(np.abs(found[rows] - wanted[rows]).mean())
+
+    figures = {"pearson": correlation(pearsonr), "spearman": correlation(spearmanr), "mean_absolute_error": distance}
+    return _resampled(figures, len(wanted))
+
+
+def _resampled(figures: Mapping[str, Callable[[Ints | slice], float]], rows: int) -> dict[str, Metric]:
+    """Each figure of all rows with its bootstrap interval; one that is undefined is left out."""
+    values = {name: figure(slice(None)) for name, figure in figures.items()}
+    return {name: Metric(value, bootstrap(figures[name], rows)) for name, value in values.items() if np.isfinite(value)}
