@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from peftcli import output
 from peftcli.data.batching import Plan, collate
@@ -69,9 +69,10 @@ def tiny_config(kind: str) -> Any:
             vocab_size=VOCABULARY, n_positions=256, n_embd=64, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
             bos_token_id=0, eos_token_id=1,
         )  # fmt: skip
-    return LlamaConfig(
+    family = Qwen2Config if kind == "qwen2" else LlamaConfig
+    return family(
         vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4 if kind == "llama-mha" else 2, max_position_embeddings=256, tie_word_embeddings=kind == "llama-tied",
+        num_key_value_heads=4 if kind == "llama-mha" else 2, max_position_embeddings=256, tie_word_embeddings=kind in ("llama-tied", "qwen2"),
         bos_token_id=0, eos_token_id=1, pad_token_id=3, initializer_range=0.1, attention_bias=kind == "llama-bias", mlp_bias=kind == "llama-bias",
     )  # fmt: skip
 
