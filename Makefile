@@ -7,7 +7,7 @@ CONSTRAINTS := scripts/constraints.txt
 
 .DEFAULT_GOAL := help
 # The figures of README.md are those of one recorded run; a new recording replaces them.
-.PHONY: help quickstart figures test check format readme clean environment environment-dev
+.PHONY: help quickstart figures compare test check format readme clean environment environment-dev
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,10 @@ format: environment-dev ## format the code and mend what the linter can
 figures: quickstart environment-dev ## run the quickstart and record its figures for README.md
 	mkdir -p scripts/results
 	cp runs/quickstart/report.json scripts/results/quickstart.json
+	$(BIN)/python scripts/update_readme.py
+
+compare: environment-dev ## compare all methods on a real dataset (hours; PEFTCLI_DATA_DIR holds trec/) and record the table
+	$(BIN)/python scripts/compare_methods.py
 	$(BIN)/python scripts/update_readme.py
 
 readme: environment-dev ## bring the generated parts of README.md and the JSON schemas up to date

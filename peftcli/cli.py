@@ -212,6 +212,42 @@ def check(recipe: RecipePath, overrides: Overrides = None, json: Json = False, t
     command.run(loaded, json=json, trust_remote_code=trust_remote_code)
 
 
+data_app = typer.Typer(help="Look at a recipe's rows as the model sees them.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+
+@data_app.command("show")
+def data_show(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    split: Annotated[str, typer.Option("--split", help="train or eval.")] = "train",
+    rows: Annotated[int, typer.Option("--rows", min=1, help="How many, from the first.")] = 3,
+    row: Annotated[int | None, typer.Option("--row", min=1, help="This one alone.", show_default=False)] = None,
+    json: Json = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Render rows exactly as the model sees them, with what is learned coloured."""
+    from peftcli.recipe import load_recipe
+
+    if split not in ("train", "eval"):
+        raise typer.BadParameter(f"--split: {split!r} is neither train nor eval")
+    loaded = load_recipe(recipe, overrides or [])
+    from peftcli.commands import data as command
+
+    command.show(loaded, split=split, rows=rows, row=row, json=json, trust_remote_code=trust_remote_code)
+
+
+@data_app.command("stats")
+def data_stats(recipe: RecipePath, overrides: Overrides = None, json: Json = False, trust_remote_code: RemoteCode = False) -> None:
+    """Lengths, truncation, padding waste, the share that is learned, duplicates and leakage."""
+    from peftcli.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from peftcli.commands import data as command
+
+    command.stats(loaded, json=json, trust_remote_code=trust_remote_code)
+
+
 @app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False, help="Explain this method.")] = None,

@@ -22,8 +22,7 @@ from peftcli.data.splits import Split, TextSplit
 from peftcli.kernels import attention
 from peftcli.methods.base import Context, Method
 from peftcli.methods.kinds import trains_base_weights
-from peftcli.methods.targets import output_layers
-from peftcli.model.load import CAUSAL_LM, Opened
+from peftcli.model.load import CAUSAL_LM, Opened, quantizable
 from peftcli.recipe.schema import Recipe
 from peftcli.tasks.base import Layout, Task
 
@@ -115,8 +114,7 @@ def estimate(
     parameters = sum(p.numel() for p in model.parameters())
     loaded = sum(p.numel() * p.element_size() for p in model.parameters())
     kind = recipe.base_model.quantization
-    heads = output_layers(model)
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear and name not in heads}
+    linears: dict[str, Any] = {name: model.get_submodule(name) for name in quantizable(model)}
     quantized = {id(m.weight) for m in linears.values()} if kind else set()
     ids = tuple(range(len(recipe.base_model.new_tokens)))
     with mode:

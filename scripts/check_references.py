@@ -4,7 +4,8 @@
 
 makes (or finds) the environments FOLDER/adapters (AdapterHub's `adapters`: Houlsby, Pfeiffer, parallel) and FOLDER/lycoris
 (`lycoris-lora`: LoHa, LoKr, IA3), gives both sides the same weights and inputs through safetensors files, and compares outputs,
-gradients, merged weights and saved files. `--write` records the result in scripts/results/references.json. The exit code is 1 where a difference is above its limit.
+gradients, merged weights and saved files. `--write` records the result in scripts/results/references.json. The exit code is 1 where a
+difference is above its limit.
 
 Needs a package index, so it is no part of `make test`; the tests compare with the same formulas, written out.
 """
@@ -158,7 +159,7 @@ def lycoris_cases(root: Path) -> list[dict[str, Any]]:
     ]
     cases = [(index, dtype) for index in range(len(kinds)) for dtype in LIMITS_LINEAR]
     folders = [root / "cases" / "lycoris" / f"{index}-{dtype}" for index, dtype in cases]
-    ours: list[dict[str, Tensor]] = []
+    ours: list[dict[str, Any]] = []
     for (index, dtype), folder in zip(cases, folders, strict=True):
         name, lycoris_class, options, there = kinds[index]
         torch.manual_seed(5)
@@ -192,7 +193,8 @@ def lycoris_cases(root: Path) -> list[dict[str, Any]]:
         same = theirs.keys() == mine.keys()
         gradients = [difference(mine[k], theirs[k]) for k in theirs if k.startswith("gradient.")] if same else [float("inf")]
         row = {
-            "method": kinds[index][0], "on": f"linear 48 -> 32, {json.dumps(kinds[index][3])}", "dtype": dtype, "limit": LIMITS_LINEAR[dtype],
+            "method": kinds[index][0], "on": f"linear 48 -> 32, {json.dumps(kinds[index][3])}",
+            "dtype": dtype, "limit": LIMITS_LINEAR[dtype],
             "output": difference(mine["output"], theirs["output"]), "gradients": max(gradients),
             "merged": difference(mine["merged"], theirs["merged"]),
         }  # fmt: skip

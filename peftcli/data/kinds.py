@@ -21,10 +21,12 @@ class RowKind(ABC, Generic[F]):
 
     Attributes:
         formats: the dataset formats that it takes.
+        plain: nothing is put around the texts of a row, neither a chat template nor a prompt text.
         config, tokenizer: of the run.
     """
 
     formats: tuple[str, ...]
+    plain: bool = False
 
     def __init__(self, config: DatasetSection, tokenizer: Any) -> None:
         self.config, self.tokenizer = config, tokenizer

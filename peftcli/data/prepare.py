@@ -45,6 +45,7 @@ class _Loader:
 
     def __init__(self, kind: RowKind[Any], base_dir: Path) -> None:
         self.config, self.tokenizer, self.formats, self.base_dir = kind.config, kind.tokenizer, kind.formats, base_dir
+        self.plain = kind.plain
         self.files: list[tuple[str, str]] = []
         self.notes: list[str] = []
 
@@ -58,7 +59,8 @@ class _Loader:
         named = source.format or self.config.format
         format = detect(columns, mapping, source.path, self.formats) if named == "auto" else named
         check_format(mapping, format)
-        items, empty = convert_rows(read.rows, Converter(format, mapping, chat=has_template(self.tokenizer), system=self.config.system))
+        chat = has_template(self.tokenizer) and not self.plain
+        items, empty = convert_rows(read.rows, Converter(format, mapping, chat=chat, system=self.config.system, plain=self.plain))
         if empty:
             first = ", ".join(origin for origin, _ in empty[:3]) + (", ..." if len(empty) > 3 else "")
             self.notes.append(f"{source.path}: dropped {len(empty)} rows whose answer is empty ({first})")

@@ -95,6 +95,29 @@ class TextSplit(Split):
 
 
 @dataclass(frozen=True)
+class PairSplit(Split):
+    """Pairs of texts; the second is learned from the first.
+
+    Attributes:
+        input_ids: of the source, for each row an array of shape (length,), special tokens included.
+        target_ids: of the target, likewise; all of them carry loss.
+    """
+
+    input_ids: list[Ids]
+    target_ids: list[Ids]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(len(source) + len(target) for source, target in zip(self.input_ids, self.target_ids, strict=True))
+
+    def units(self, row: int) -> int:
+        return len(self.target_ids[row])
+
+    def first_ids(self, row: int) -> Ids:
+        return self.input_ids[row]
+
+
+@dataclass(frozen=True)
 class LabelledSplit(Split):
     """Rows of text, each with a label as a whole.
 

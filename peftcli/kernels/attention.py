@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -292,7 +292,7 @@ def _forward(
     """What transformers calls as attention. Without ``documents`` (generation, padded batches) it is plain SDPA."""
     documents: Documents | None = kwargs.pop("documents", None)
     states: Prefix | None = kwargs.pop("prefix_states", None)
-    prefix = None if states is None else states.layer(cast(Any, module).layer_idx, key)
+    prefix = None if states is None else states.layer(_number(module), key)
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     if documents is None:
@@ -313,6 +313,21 @@ def _forward(
         raise PackingUnsupportedError(f"a row of {max(documents.lengths)} tokens is longer than the model's attention window of {window}")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     return packed_attention(query, key, value, documents, scaling=scale, causal=causal, dropout=dropout, prefix=prefix), None
+
+
+def _number(module: nn.Module) -> int:
+    """Which layer of the model an attention module belongs to.
+
+    Raises:
+        UsageError: it does not know.
+    """
+    number = getattr(module, "layer_idx", None)
+    if number is None:
+        raise UsageError(
+            f"the attention of this model ({type(module).__name__}) does not know its layer, so it can take no prefix of its own",
+            hint="choose a method that does not depend on the attention, such as prompt_tuning or lora.",
+        )
+    return int(number)
 
 
 class PackingUnsupportedError(Exception):

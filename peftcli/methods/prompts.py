@@ -2,6 +2,10 @@
 
 The wrapper takes and gives what the model alone takes and gives: packed or padded rows of real tokens, and logits at real tokens. Virtual
 positions exist inside it only, so they never carry loss. Positions count them, as in PEFT: the first real token stands at position n.
+
+Classifiers judge a row by one position. As in PEFT, encoders that take the first one (BERT's pooler) then take the first virtual token, not
+[CLS]; with prefixes it is [CLS]. Decoders take the last real token; PEFT takes the last position of the batch, which is padding in the
+shorter rows, so only rows of one length give the same there.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from peftcli.errors import CheckpointError, UsageError
 from peftcli.kernels.attention import Documents, Prefix
 from peftcli.methods.base import C, Caps, Context, Method
 from peftcli.methods.kinds import Wrapper, freeze, new_modules, train_whole
+from peftcli.methods.targets import classification_heads
 
 # The name of the values in the model, and in PEFT's files.
 VALUES = "prompt_embeddings"
@@ -82,12 +87,23 @@ class Prompted(Wrapper):
         if self._keeps:
             return self.base(**inputs, logits_to_keep=keep)
         out = self.base(**inputs)
-        out.logits = out.logits[:, -keep:] if isinstance(keep, int) else out.logits[:, keep]
+        if out.logits.ndim == 3:  # else one judgement for each row
+            out.logits = out.logits[:, -keep:] if isinstance(keep, int) else out.logits[:, keep]
         return out
 
 
 class PromptedInputs(Prompted):
     """Virtual embeddings [n, width of the embedding] in front of each row."""
+
+    def __init__(self, base: nn.Module, values: Tensor | None, encoder: nn.Module | None = None) -> None:
+        super().__init__(base, values, encoder)
+        self._head = next(iter(classification_heads(base)), None)
+        config = cast(Any, base).config
+        if self._head is not None and config.is_encoder_decoder:
+            raise UsageError(
+                f"{type(base).__name__} looks for the end of its input ids, where virtual tokens have none",
+                hint="choose a method that leaves the input as it is, such as lora.",
+            )
 
     def forward(
         self,
@@ -101,6 +117,8 @@ class PromptedInputs(Prompted):
         """As the model's: [rows, length] ids, or [1, total] with ``documents``; logits at the real tokens."""
         if documents is not None:
             return self._packed(input_ids, attention_mask, position_ids, documents, logits_to_keep, kwargs)
+        if self._head is not None:
+            return self._judge(input_ids, attention_mask, kwargs)
         inputs, mask = self._in_front(input_ids, attention_mask)
         if position_ids is not None:
             count = inputs.shape[1] - input_ids.shape[1]
@@ -117,6 +135,27 @@ class PromptedInputs(Prompted):
         if attention_mask is not None:
             attention_mask = torch.cat([attention_mask.new_ones(virtual.shape[:2]), attention_mask], dim=1)
         return torch.cat([virtual, own], dim=1), attention_mask
+
+    def _judge(self, input_ids: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> Any:
+        """A classifier's output. Its head finds a row's end by the ids, and some bodies count positions by them, so it is given ids in
+        front too; what the embedding makes of those is replaced."""
+        values = self.virtual()
+        count = values.shape[0]
+        pad = cast(Any, self.base).config.pad_token_id
+        ahead = input_ids.new_full((input_ids.shape[0], count), 0 if pad != 0 else 1)
+        if attention_mask is not None:
+            attention_mask = torch.cat([attention_mask.new_ones(ahead.shape), attention_mask], dim=1)
+        if kwargs.get("token_type_ids") is not None:
+            kwargs["token_type_ids"] = torch.cat([torch.zeros_like(ahead), kwargs["token_type_ids"]], dim=1)
+
+        def replace(_: nn.Module, __: Any, found: Tensor) -> Tensor:
+            return torch.cat([values.to(found.dtype).expand(found.shape[0], -1, -1), found[:, count:]], dim=1)
+
+        handle = cast(Any, self.base).get_input_embeddings().register_forward_hook(replace)
+        try:
+            return self._run(input_ids.shape[1], {"input_ids": torch.cat([ahead, input_ids], 1), "attention_mask": attention_mask, **kwargs})
+        finally:
+            handle.remove()
 
     def _packed(
         self,
@@ -184,7 +223,7 @@ class PromptedLayers(Prompted):
         """As the model's: [rows, length] ids, or [1, total] with ``documents``."""
         prefix = self.prefix()
         if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+            position_ids = positions(self.base, input_ids)
         kwargs |= {"position_ids": position_ids + prefix.keys.shape[2], "prefix_states": prefix}
         keep = logits_to_keep if isinstance(logits_to_keep, Tensor) else logits_to_keep or input_ids.shape[1]
         out = self._run(keep, {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs})
@@ -284,6 +323,16 @@ class PromptMethod(Method[C]):
         if asked:
             raise CheckpointError(f"the adapter uses {', '.join(asked)}, which this version does not compute")
         return {"num_virtual_tokens": fields["num_virtual_tokens"]}
+
+
+def positions(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """[1 or rows, length] positions that the model gives to ids: from zero, or by a rule of its embedding's (RoBERTa begins after the
+    padding's id)."""
+    for module in model.modules():
+        rule = getattr(module, "create_position_ids_from_input_ids", None)
+        if rule is not None:
+            return cast(Tensor, rule(input_ids, module.padding_idx))
+    return torch.arange(input_ids.shape[1], device=input_ids.device)[None]
 
 
 def _no_new_tokens(name: str) -> str:

@@ -250,6 +250,8 @@ def _load_model(opened: Opened, dtype: torch.dtype, auto_model: str, head: Head 
             f"base_model.name: {source.name} lacks {len(lacking)} weights of a {type(model).__name__}, such as {lacking[0]}",
             hint="it is probably no model of this kind; those missing weights would be random numbers.",
         )
+    if head is not None and getattr(model, "_supports_attention_backend", False):
+        model.set_attn_implementation(attention.register())  # it takes prefixes
     encoder = getattr(model.config, "is_decoder", True) is False and model.config.model_type != "gpt2"
     if auto_model == CAUSAL_LM and encoder and type(model).__name__.endswith("LMHeadModel"):
         raise ModelError(
@@ -307,18 +309,27 @@ def quantize(model: Any, kind: str, *, double: bool, compute_dtype: torch.dtype,
     Raises:
         ModelError: the model has no linear layers to quantize.
     """
-    heads = output_layers(model)
-    names = [
-        name
-        for name, module in model.named_modules()
-        if not any(name == head or name.startswith(f"{head}.") for head in heads) and (type(module) is nn.Linear or _is_conv1d(module))
-    ]
+    names = quantizable(model)
     if not names:
         raise ModelError(f"base_model.quantization: {type(model).__name__} has no linear layers that {kind} could store")
     for name in names:
         module = model.get_submodule(name)
         linear = _as_linear(module) if _is_conv1d(module) else module
         replace(model, name, quantization.quantize_linear(linear.to(device), kind, double=double, compute_dtype=compute_dtype))
+
+
+def quantizable(model: Any) -> list[str]:
+    """Dotted names of the linear layers that :func:`quantize` stores in a few bits: not the output layer, and none that the architecture
+    asks to keep wide, as transformers does. T5's feed-forward blocks cast their inputs to the dtype of such a layer's weight."""
+    heads = output_layers(model)
+    wide = getattr(model, "_keep_in_fp32_modules", None) or ()
+    return [
+        name
+        for name, module in model.named_modules()
+        if (type(module) is nn.Linear or _is_conv1d(module))
+        and not any(name == head or name.startswith(f"{head}.") for head in heads)
+        and not any(f".{part}." in f".{name}." for part in wide)
+    ]
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from peftcli.recipe.tasks import CausalLMTask, TaskSection
 
 DType = Literal["auto", "float32", "bfloat16"]
 Quantization = Literal["nf4", "fp4", "int8"]
-Format = Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text", "classification"]
+Format = Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text", "classification", "text_to_text"]
 Truncation = Literal["keep_start", "keep_end", "drop", "split", "error"]
 Scheduler = Literal["cosine", "linear", "constant"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "sgd"]
@@ -87,7 +87,7 @@ class DatasetSection(Section):
     format: Format = Field(
         "auto",
         description="`alpaca` (instruction, input, output), `sharegpt` (conversations: from, value), `messages` (role, content), "
-        "`prompt_completion`, `text`, `classification` (text, label [text_pair]); `auto` looks at the columns.",
+        "`prompt_completion`, `text`, `classification` (text, label [text_pair]), `text_to_text` (source, target); `auto` looks at the columns.",
     )
     columns: dict[str, str] = Field({}, description="Column mapping, ours: yours, for example `{prompt: question, completion: answer}`.")
     chat_template: str | None = Field(

@@ -55,6 +55,21 @@ class SequenceClassificationTask(TaskSection):
     )
 
 
+class Seq2SeqTask(TaskSection):
+    """Text to text."""
+
+    formats = ("text_to_text", "prompt_completion", "alpaca")
+    summary = "An encoder-decoder learns to turn one text into another: translation, summaries, answers, descriptions of data."
+    generates = True
+
+    name: Literal["seq2seq"] = Field("seq2seq", description="`seq2seq`")
+    max_target_length: Annotated[int, Field(ge=2, le=1_000_000)] | None = Field(
+        None,
+        description="Longest target in tokens, its end token included. `null`: as `dataset.max_length`, which is that of the source. "
+        "`dataset.truncation` says what happens to longer rows; a target is always cut at its end.",
+    )
+
+
 TASKS: dict[str, type[TaskSection]] = {
-    str(section.model_fields["name"].default): section for section in (CausalLMTask, SequenceClassificationTask)
+    str(section.model_fields["name"].default): section for section in (CausalLMTask, SequenceClassificationTask, Seq2SeqTask)
 }

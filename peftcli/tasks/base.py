@@ -126,6 +126,10 @@ class Task(ABC, Generic[S]):
     def scores(self, measured: Mapping[str, Tensor], split: Split) -> dict[str, Metric]:
         """Metrics from what :meth:`TaskModule.measure` gave for the first rows of a split, all rows together."""
 
+    def show(self, split: Split, row: int, tokenizer: Any) -> list[tuple[str, bool]]:
+        """Row number ``row`` as people read it, in runs of (text, whether it is learned)."""
+        return [(tokenizer.decode(split.first_ids(row).tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False), False)]
+
     def probe(self, model: nn.Module, ids: Tensor) -> Tensor:
         """[positions, outputs] logits of one row of token ids [1, length], to compare two models by."""
         logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftcli.data.audit import marked
 from peftcli.data.batching import Batch, collate
 from peftcli.data.splits import Split, TextSplit
 from peftcli.data.text_rows import TextRows
@@ -113,6 +114,10 @@ class CausalLMTask(Task[options.CausalLMTask]):
         supervised[batch.positions] = True
         tokens = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
         return tokens.bool(), supervised.view_as(batch.input_ids)
+
+    def show(self, split: Split, row: int, tokenizer: Any) -> list[tuple[str, bool]]:
+        assert isinstance(split, TextSplit)
+        return marked(split.input_ids[row], split.supervised[row], tokenizer)
 
     def scores(self, measured: Mapping[str, Tensor], split: Split) -> dict[str, Metric]:
         return token_scores(measured)

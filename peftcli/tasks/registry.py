@@ -11,6 +11,7 @@ from peftcli.tasks.base import Task
 _TASKS: dict[str, str] = {
     "causal_lm": "peftcli.tasks.causal_lm:CausalLMTask",
     "sequence_classification": "peftcli.tasks.sequence_classification:SequenceClassification",
+    "seq2seq": "peftcli.tasks.seq2seq:Seq2Seq",
 }
 
 

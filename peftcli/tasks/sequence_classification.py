@@ -57,11 +57,13 @@ class Classifier(TaskModule):
     def __init__(self, model: nn.Module, problem: str) -> None:
         super().__init__(model)
         self.problem = problem
+        # Some tokenizers give types of tokens that the model has no embeddings for, or (GPT-2) takes for words.
+        self._types = (getattr(model.config, "type_vocab_size", None) or 0) > 1
 
     def logits(self, batch: LabelledBatch) -> Tensor:
         """[rows, outputs], in float32 at least."""
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        if batch.token_type_ids is not None:
+        if batch.token_type_ids is not None and self._types:
             inputs["token_type_ids"] = batch.token_type_ids
         found: Tensor = self.model(**inputs).logits
         return found if found.dtype == torch.float64 else found.float()
@@ -70,7 +72,7 @@ class Classifier(TaskModule):
         logits = self.logits(batch)
         losses = self.losses(logits, batch.targets)
         total = losses.sum() * 0.0 if batch.silent else losses.sum()
-        hits = (logits.argmax(-1) == batch.targets).sum() if self.problem == "single_label" else torch.zeros((), dtype=torch.long)
+        hits = (logits.argmax(-1) == batch.targets).sum() if self.problem == "single_label" else torch.zeros_like(total, dtype=torch.long)
         return Loss(total, hits, {})
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -124,6 +126,18 @@ class SequenceClassification(Task[options.SequenceClassificationTask]):
 
     def masks(self, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
         return batch.attention_mask.bool(), batch.attention_mask.bool()
+
+    def show(self, split: Split, row: int, tokenizer: Any) -> list[tuple[str, bool]]:
+        assert isinstance(split, LabelledSplit)
+        target, labels = split.targets[row], self.section.labels or []
+        match self.section.problem:
+            case "single_label":
+                label = labels[int(target[0])]
+            case "multi_label":
+                label = ", ".join(name for name, there in zip(labels, target, strict=True) if there) or "(none)"
+            case _:
+                label = f"{target[0]:g}"
+        return [*super().show(split, row, tokenizer), (" → ", False), (label, True)]
 
     def scores(self, measured: Mapping[str, Tensor], split: Split) -> dict[str, Metric]:
         assert isinstance(split, LabelledSplit)

@@ -18,7 +18,6 @@ from test_contract import CAPS, DENSE, EVERYWHERE, HOME, NAMES, QUANTIZED, fits
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from peftcli import output
 from peftcli.data.batching import collate
 from peftcli.data.splits import Split
 from peftcli.errors import RecipeError, UsageError
@@ -217,7 +216,7 @@ def test_new_tokens_are_trained_saved_and_come_back(name: str, kind: str, tmp_pa
     text = torch.cat([helpers.some_ids(2, 6), torch.tensor([list(ids), list(ids)[::-1]])], 1)
     expected = helpers.logits(model, text)
     recipe = parse_recipe(helpers.recipe_for(tmp_path, tmp_path, tmp_path, method=f"{{name: {name}}}"), "r.yaml").recipe
-    saved = output.save_result(tmp_path, model, method, helpers.tiny_tokenizer(), recipe, None)
+    saved = helpers.save_result(tmp_path, model, method, recipe)
     if CAPS[name].whole_model:
         again = AutoModelForCausalLM.from_pretrained(saved, attn_implementation=attention.register())
     else:
@@ -236,7 +235,7 @@ def test_an_evaluation_before_the_save_changes_no_byte(name: str, quantization: 
                 helpers.logits(model)
         folder = tmp_path / str(evaluated)
         folder.mkdir()
-        folders.append(output.save_result(folder, model, method, helpers.tiny_tokenizer(), recipe, None))
+        folders.append(helpers.save_result(folder, model, method, recipe))
     assert helpers.folder_bytes(folders[0]) == helpers.folder_bytes(folders[1])
 
 

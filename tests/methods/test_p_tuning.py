@@ -106,3 +106,15 @@ def test_what_a_file_gave_is_used_but_cannot_be_trained_behind_an_encoder(tmp_pa
     hf_peft.load_tensors(prompt, other, read.tensors, tmp_path)
     assert torch.equal(helpers.logits(prompt), helpers.logits(trained))
     assert set(trainable_state(prompt)) == {"prompt_embeddings"}
+
+
+@pytest.mark.parametrize("encoder", ["mlp", "lstm"])
+def test_training_starts_from_tokens_that_the_model_knows(encoder: str) -> None:
+    model, method = helpers.adapted(NAME, encoder=encoder, dropout=0.5)
+    words, other = helpers.adapted("prompt_tuning")
+    assert model.encoder.training == model.training
+    ours, theirs = method.to_file(model, {})["prompt_embeddings"], other.to_file(words, {})["prompt_embeddings"]
+    assert float((ours - theirs).abs().max()) <= 1e-5 * float(theirs.abs().max())
+    # An encoder that is narrower than there are tokens comes as close as it can: closer than zeros.
+    narrow, method = helpers.adapted(NAME, encoder=encoder, hidden_size=4)
+    assert float((method.to_file(narrow, {})["prompt_embeddings"] - theirs).norm()) < float(theirs.norm())
