@@ -202,6 +202,24 @@ def merge(
 
 
 @app.command()
+def export(
+    result: ResultPath,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)],
+    form: Annotated[
+        str, typer.Option("--format", help="adapters: AdapterHub's library (bottleneck adapters); peft: Hugging Face PEFT.")
+    ] = "adapters",
+    name: Annotated[str, typer.Option("--name", help="The adapter's name in AdapterHub's files.")] = "peftcli",
+    base_model: BaseModel = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in --output.")] = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Write an adapter in another library's layout. Runs and adapters of AdapterHub's library are read as they are."""
+    from peftcli.commands import export as command
+
+    command.run(result, output, form=form, name=name, base_model=base_model, overwrite=overwrite, trust_remote_code=trust_remote_code)
+
+
+@app.command()
 def check(recipe: RecipePath, overrides: Overrides = None, json: Json = False, trust_remote_code: RemoteCode = False) -> None:
     """Validate RECIPE, count, estimate memory and show what would be learned, without training."""
     from peftcli.recipe import load_recipe

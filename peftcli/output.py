@@ -145,7 +145,7 @@ def write_model(folder: Path, model: Any, tokenizer: Any) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def put_in_place(target: Path, write: Callable[[Path], None], *, hint: str) -> None:
+def put_in_place(target: Path, write: Callable[[Path], object], *, hint: str) -> None:
     """Let ``write`` fill a folder aside, then put it in the place of ``target``: whole or not at all.
 
     Raises:

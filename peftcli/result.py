@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from peftcli.errors import CheckpointError, ModelError, UsageError
-from peftcli.interchange import hf_peft
+from peftcli.interchange import adapter_hub, hf_peft
 from peftcli.methods import registry
 from peftcli.methods.base import Context, Method
 from peftcli.model.load import Base, load_base, open_base
@@ -140,8 +140,13 @@ def open_result(
 def locate(path: Path, base_model: str | None = None) -> Place:
     """Find and check what lies in ``path``, without loading the base; see :func:`open_result`."""
     recipe, base_dir, weights = _locate(path)
-    adapter = hf_peft.read_adapter(weights) if (weights / hf_peft.CONFIG).is_file() else None
+    adapter = _read(weights) if (weights / hf_peft.CONFIG).is_file() else None
     return Place(recipe, base_dir, weights, adapter, _section(recipe, adapter, weights, base_model))
+
+
+def _read(folder: Path) -> hf_peft.AdapterFile:
+    """An adapter in PEFT's layout, or in that of AdapterHub's library, whose config has the same name."""
+    return adapter_hub.read(folder) if adapter_hub.is_theirs(folder) else hf_peft.read_adapter(folder)
 
 
 def _allowed(option: str, value: str | None, allowed: tuple[str, ...]) -> None:

@@ -144,7 +144,7 @@ class _Run:
         self.display.audit(data.audit.to_dict())
         for note in data.audit.notes:
             self.display.warn(note)
-        unseen = set(opened.new_token_ids).difference(*(map(int, data.train.first_ids(row)) for row in range(len(data.train.origins))))
+        unseen = set(opened.new_token_ids).difference(*(map(int, data.train.all_ids(row)) for row in range(len(data.train.origins))))
         if unseen:
             names = ", ".join(opened.tokenizer.convert_ids_to_tokens(sorted(unseen)))
             raise DataError(f"base_model.new_tokens: {names} occurs in no training row, so its embedding would stay as it is")

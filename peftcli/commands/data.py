@@ -96,8 +96,7 @@ def _lengths(split: Split) -> dict[str, Any]:
     edges = [0, *(edge for edge in (8 << k for k in range(20)) if edge <= top)]
     edges += [top] if edges[-1] < top else []
     histogram = [
-        {"over": low, "up_to": high, "rows": int(((lengths > low) & (lengths <= high)).sum())}
-        for low, high in itertools.pairwise(edges)
+        {"over": low, "up_to": high, "rows": int(((lengths > low) & (lengths <= high)).sum())} for low, high in itertools.pairwise(edges)
     ]
     while histogram[0]["rows"] == 0:
         del histogram[0]

@@ -77,8 +77,51 @@ class Labelled:
     origin: str
 
 
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """A prompt with a better and a worse answer: raw texts, or messages for a chat template, all three of one kind.
+
+    Attributes:
+        margin: how much better the better one is at least, where the data say so.
+    """
+
+    prompt: str | list[Message]
+    chosen: str | list[Message]
+    rejected: str | list[Message]
+    origin: str
+    tools: list[dict[str, Any]] | None = None
+    margin: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A prompt with one answer that is wanted or not: raw texts, or messages for a chat template, both of one kind."""
+
+    prompt: str | list[Message]
+    answer: str | list[Message]
+    desirable: bool
+    origin: str
+    tools: list[dict[str, Any]] | None = None
+
+
 TextItem = Conversation | Completion | Document
-Item = TextItem | Labelled
+Item = TextItem | Labelled | Preference | Judged
+
+
+def answered(prompt: str | list[Message], answer: str | list[Message], origin: str, tools: list[dict[str, Any]] | None) -> TextItem:
+    """A prompt and one answer to it, of which the answer alone carries loss."""
+    if isinstance(prompt, str):
+        assert isinstance(answer, str), "prompt and answer are of one kind"
+        return Completion(prompt, answer, origin, prompt)
+    assert not isinstance(answer, str), "prompt and answer are of one kind"
+    return Conversation([*(message.without_loss() for message in prompt), *answer], origin, tools)
+
+
+def is_rendered(item: Item) -> bool:
+    """Whether a chat template writes the text that a model sees of it."""
+    if isinstance(item, (Preference, Judged)):
+        return not isinstance(item.prompt, str)
+    return isinstance(item, Conversation)
 
 
 def digest(item: Item) -> bytes:

@@ -10,7 +10,7 @@ from typing import Any
 from peftcli.data.audit import Audit
 from peftcli.data.formats import Converter, check_format, check_mapping, convert_rows, detect
 from peftcli.data.kinds import RowKind
-from peftcli.data.neutral import Conversation, Item, digest
+from peftcli.data.neutral import Item, digest, is_rendered
 from peftcli.data.sampling import choose, weigh
 from peftcli.data.sources import Role, read_source
 from peftcli.data.splits import GenerationExample, Split, SplitCounts
@@ -64,8 +64,10 @@ class _Loader:
         if empty:
             first = ", ".join(origin for origin, _ in empty[:3]) + (", ..." if len(empty) > 3 else "")
             self.notes.append(f"{source.path}: dropped {len(empty)} rows whose answer is empty ({first})")
-        unused = [f"dataset.{name}" for name in ("chat_template", "system") if getattr(self.config, name)]
-        if unused and not any(isinstance(item, Conversation) for item in items) and format != "alpaca":
+        # Without a template an alpaca row's system prompt stands in its text.
+        idle = ("chat_template",) if self.plain and format == "alpaca" else ("chat_template", "system")
+        unused = [f"dataset.{name}" for name in idle if getattr(self.config, name)]
+        if unused and not any(map(is_rendered, items)) and (format != "alpaca" or self.plain):
             self.notes.append(f"{source.path}: the rows are raw text ({format}), so {' and '.join(unused)} has no influence on them")
         return _Loaded(items, [origin for origin, _ in empty], source.weight)
 

@@ -71,6 +71,10 @@ class Split(ABC):
     def first_ids(self, row: int) -> Ids:
         """The token ids of row number ``row``, for looking at: those that go into the model first."""
 
+    def all_ids(self, row: int) -> Ids:
+        """Every token id of row number ``row``."""
+        return self.first_ids(row)
+
 
 @dataclass(frozen=True)
 class TextSplit(Split):
@@ -115,6 +119,9 @@ class PairSplit(Split):
 
     def first_ids(self, row: int) -> Ids:
         return self.input_ids[row]
+
+    def all_ids(self, row: int) -> Ids:
+        return np.concatenate([self.input_ids[row], self.target_ids[row]])
 
 
 @dataclass(frozen=True)

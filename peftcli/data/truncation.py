@@ -71,7 +71,7 @@ def fit(rows: Sequence[Encoded], *, max_length: int, mode: Truncation, bos: int 
                 pieces = list(_pieces(row, max_length))
                 split += 1
             else:
-                pieces = [_cut(row, max_length, mode == "keep_start", bos)]
+                pieces = [cut(row, max_length, mode == "keep_start", bos)]
         for piece in pieces:
             if piece.supervised.any():
                 kept.append(piece)
@@ -88,7 +88,8 @@ def fit(rows: Sequence[Encoded], *, max_length: int, mode: Truncation, bos: int 
     return Fitted(kept, truncated, too_long, unsupervised, split)
 
 
-def _cut(row: Encoded, length: int, start: bool, bos: int | None) -> Encoded:
+def cut(row: Encoded, length: int, start: bool, bos: int | None) -> Encoded:
+    """The first (``start``) or last ``length`` tokens of a longer row; a BOS that opens the row is kept either way."""
     ids: Ids
     mask: Mask
     if start:

@@ -129,6 +129,16 @@ def write(folder: Path, adapter: hf_peft.AdapterFile, *, model_type: str, hidden
     return [folder / CONFIG, folder / WEIGHTS]
 
 
+def is_theirs(folder: Path) -> bool:
+    """Whether a folder's ``adapter_config.json`` is the library's and not PEFT's.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    fields = hf_peft.read_config(folder / CONFIG)
+    return "peft_type" not in fields and isinstance(fields.get("config"), dict)
+
+
 def read(folder: Path) -> hf_peft.AdapterFile:
     """Read an adapter of the library; :func:`hf_peft.apply_adapter` puts it to work.
 

@@ -59,7 +59,9 @@ class PromptEncoder(nn.Module):
         with torch.no_grad():
             hidden = nn.Sequential(*inner)(self._inner(self.embedding.weight[None]))[0].double()
             missing = values.to(hidden) - last(hidden.to(last.weight)).double()
-            last.weight += (torch.linalg.pinv(hidden) @ missing).T
+            change = torch.linalg.pinv(nn.functional.pad(hidden, (0, 1), value=1.0)) @ missing
+            last.weight += change[:-1].T
+            last.bias += change[-1]
         self.train()
 
     def _inner(self, x: Tensor) -> Tensor:
