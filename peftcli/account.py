@@ -9,10 +9,11 @@ from typing import Any
 
 from peftcli import environment
 from peftcli.data.prepare import Prepared
-from peftcli.evaluate import Scores, is_match
+from peftcli.evaluate import Scores
 from peftcli.model.load import Base
 from peftcli.recipe.schema import Recipe
 from peftcli.report import schema as rs
+from peftcli.tasks.answers import judged
 from peftcli.train.checkpoint import Progress
 from peftcli.train.loop import Loop
 from peftcli.train.memory import peak_memory
@@ -56,6 +57,7 @@ def make_report(
         train=_train(recipe, loop),
         eval_before=eval_info(progress.before) if progress.before and measured else None,
         eval=eval_info(asdict(after)) if after else None,
+        comparisons=comparisons(Scores(**progress.before), after) if progress.before and measured and after else {},
         examples=_examples(recipe, data, progress.before, after),
         environment=environment.describe(loop.accelerator.device, deterministic=recipe.train.deterministic),
         files=files or {},
@@ -117,6 +119,14 @@ def eval_info(scores: dict[str, Any]) -> rs.EvalInfo:
     )
 
 
+def comparisons(before: Scores, after: Scores) -> dict[str, rs.PairedTest]:
+    """The report's form of the paired tests."""
+    return {
+        name: rs.PairedTest(difference=found.value, interval=found.interval, p_value=found.p_value, test=found.test)
+        for name, found in after.since(before).items()
+    }
+
+
 def _examples(recipe: Recipe, data: Prepared, before: dict[str, Any] | None, after: Scores | None) -> list[rs.Example]:
     if after is None or not after.answers or data.eval is None:
         return []
@@ -130,8 +140,8 @@ def _examples(recipe: Recipe, data: Prepared, before: dict[str, Any] | None, aft
                 reference=item.reference,
                 before=old,
                 after=new,
-                correct_before=None if old is None else is_match(old, item.reference),
-                correct_after=is_match(new, item.reference),
+                correct_before=None if old is None else judged(recipe.eval.metrics, old, item.reference),
+                correct_after=judged(recipe.eval.metrics, new, item.reference),
             )
         )
     return examples

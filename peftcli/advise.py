@@ -89,7 +89,8 @@ def advise(model: str, data: str, output: Path, *, memory: int | None = None, me
     _train(rows, values, why)
     chosen, need = _fit(values, output, seen, rows, budget, whose, method, why)
     chosen["output_dir"] = f"runs/{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(data).stem) or 'run'}-{chosen['method.name']}"
-    return Advice(commented_recipe(chosen, why), chosen, why, need, budget, whose)
+    said = {key: reason for key, reason in why.items() if key in chosen}
+    return Advice(commented_recipe(chosen, said), chosen, why, need, budget, whose)
 
 
 def _rows(data: str, base: Path, values: dict[str, Any], why: dict[str, str]) -> int:
@@ -213,7 +214,7 @@ def _reasons(name: str, step: tuple[int, bool], together: int, too_large: list[s
     )
     return {
         "method.name": "asked for" if given else fits,
-        "base_model.quantization": f"{name} wants it",
+        "base_model.quantization": "holds the base in a quarter of the memory",
         "train.batch_size": "rows at once fit" + ("" if step[0] == _LADDER[0][0] else ", more do not"),
         "train.gradient_accumulation_steps": f"{together} rows for each step of the optimizer",
         "train.gradient_checkpointing": "recomputes activations, which takes time: without it nothing fits",

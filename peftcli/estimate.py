@@ -22,7 +22,7 @@ from peftcli.data.splits import Split, TextSplit
 from peftcli.kernels import attention
 from peftcli.methods.base import Context, Method
 from peftcli.methods.kinds import trains_base_weights
-from peftcli.model.load import CAUSAL_LM, Opened, quantizable
+from peftcli.model.load import CAUSAL_LM, Opened, checkpoint_activations, quantizable
 from peftcli.recipe.schema import Recipe
 from peftcli.tasks.base import Layout, Task
 
@@ -129,7 +129,7 @@ def estimate(
             weights += parameter.numel() * parameter.element_size()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if recipe.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     mixed = dtype == torch.bfloat16 and trains_base_weights(model)
     heap = _HEAP if device.type == "cpu" else 0.0
     dense = max((m.weight.numel() * torch.finfo(dtype).bits // 8 for m in linears.values()), default=0) if kind else 0

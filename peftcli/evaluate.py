@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +18,9 @@ from accelerate.utils import gather_object
 from peftcli.data.splits import Split
 from peftcli.errors import DataError
 from peftcli.generate import generate as write_answers
-from peftcli.generate import is_match
+from peftcli.tasks.answers import answer_scores
 from peftcli.tasks.base import Layout, Measured, Task, TaskModule
-from peftcli.tasks.intervals import ratio, wilson
+from peftcli.tasks.intervals import Difference, Metric, compare, mean_of_units
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Scores:
         loss: mean over the units that carry loss (tokens, or rows where each is judged as a whole), in nats.
         metrics: the task's figures by name, and of what the model wrote where it was asked to.
         intervals: 95 % intervals by metric, the loss among them.
+        paired: what a comparison with another model on the same rows needs, by metric.
         units, rows: how much was measured. ``seconds``: how long it took.
         answers: what the model wrote, in the order of the split's generation examples; empty where it was not asked to.
     """
@@ -41,10 +43,19 @@ class Scores:
     rows: int
     seconds: float
     answers: list[str] = field(default_factory=list)
+    paired: dict[str, str] = field(default_factory=dict)
 
     def plain(self) -> dict[str, float]:
         """The numbers that a training run logs."""
         return {"loss": self.loss, **self.metrics}
+
+    def since(self, before: Scores) -> dict[str, Difference]:
+        """Each figure minus that of ``before``, another model on the same rows, with the paired test."""
+        found = {name: compare(before._metric(name), self._metric(name)) for name in self.paired if name in before.paired}
+        return {name: difference for name, difference in found.items() if difference is not None}
+
+    def _metric(self, name: str) -> Metric:
+        return Metric(self.plain()[name], None, self.paired[name])
 
 
 @dataclass(frozen=True)
@@ -77,6 +88,7 @@ class Evaluator:
         generate: bool = False,
         max_new_tokens: int = 128,
         limit: int | None = None,
+        metrics: Sequence[str] = ("exact_match",),
         rows: int | None = None,
         alone: bool = False,
     ) -> Scores:
@@ -84,6 +96,7 @@ class Evaluator:
 
         Args:
             generate: let the model answer too, at most ``max_new_tokens`` tokens for each of the first ``limit`` examples.
+            metrics: how the answers are measured, as in the recipe's ``eval.metrics``.
             alone: this process measures every row itself, without the others.
         """
         started = time.perf_counter()
@@ -99,15 +112,20 @@ class Evaluator:
         if not units:
             raise DataError("the held-out rows hold no token that could be predicted from another")
         found = self.task.scores(measured, self.split)
-        metrics = {name: metric.value for name, metric in found.items()}
-        intervals = {name: metric.interval for name, metric in found.items() if metric.interval is not None}
-        intervals["loss"] = ratio(measured["loss"], measured["units"])
         if generate:
-            hits = sum(is_match(a, e.reference) for a, e in zip(answers, self.split.generation, strict=False))
-            metrics["exact_match"] = hits / max(1, len(answers))
-            intervals["exact_match"] = wilson(hits, len(answers))
-        loss = float(measured["loss"].sum() / units)
-        return Scores(loss, metrics, intervals, units, len(measured["loss"]), time.perf_counter() - started, answers)
+            found |= answer_scores(metrics, answers, [example.reference for example in self.split.generation[: len(answers)]])
+        loss = mean_of_units(measured["loss"], measured["units"])
+        known = {**found, "loss": loss}
+        return Scores(
+            loss.value,
+            {name: metric.value for name, metric in found.items()},
+            {name: metric.interval for name, metric in known.items() if metric.interval is not None},
+            units,
+            len(measured["loss"]),
+            time.perf_counter() - started,
+            answers,
+            {name: metric.paired for name, metric in known.items() if metric.paired is not None},
+        )
 
     def _measure(self, module: TaskModule, rows: int | None, alone: bool) -> Measured:
         """What the task measures of every row, in the split's order; each process measures its share."""
@@ -138,4 +156,4 @@ class Evaluator:
         return [text for _, text in sorted(pairs)]
 
 
-__all__ = ["Evaluator", "Scores", "is_match"]
+__all__ = ["Evaluator", "Scores"]

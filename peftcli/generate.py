@@ -34,8 +34,3 @@ def generate(
             for row, i in enumerate(chosen):
                 texts[i] = tokenizer.decode(out[row, 1 if encodes else longest :], skip_special_tokens=True).strip()
     return [texts[i] for i in range(len(prompts))]
-
-
-def is_match(answer: str, reference: str) -> bool:
-    """Exact match: equal once surrounding blanks are removed."""
-    return answer.strip() == reference.strip()

@@ -20,8 +20,8 @@ from peftcli.evaluate import Evaluator, Scores
 from peftcli.interchange import hf_peft
 from peftcli.methods import registry
 from peftcli.methods.base import Context, Method, TrainingBatch
-from peftcli.methods.kinds import trains_base_weights
-from peftcli.model.load import Base, load_base, open_base
+from peftcli.methods.kinds import new_modules, trains_base_weights
+from peftcli.model.load import Base, checkpoint_activations, load_base, open_base
 from peftcli.plan import count_steps, flatten, identity, make_plan, resolved
 from peftcli.recipe.load import LoadedRecipe
 from peftcli.recipe.redact import redact
@@ -36,7 +36,7 @@ from peftcli.tasks.base import Layout, Task
 from peftcli.train import checkpoint as checkpoints
 from peftcli.train.loop import Loop, load_trainable
 from peftcli.train.memory import reset_peak
-from peftcli.train.optimizers import build_optimizer
+from peftcli.train.optimizers import at_own_rate, build_optimizer
 from peftcli.train.preview import training_batches
 from peftcli.train.signals import Interrupted, StopRequest
 
@@ -179,6 +179,7 @@ class _Run:
             batches=self._batches,
             resumed=resumed.method if resumed else {},
         )
+        heads = [parameter for name in new_modules(base.model, ctx) for parameter in base.model.get_submodule(name).parameters()]
         self.model = cast(Any, method.apply(base.model, ctx))
         base.dense_weights.clear()
         if self.options.init_adapter is not None:
@@ -186,11 +187,13 @@ class _Run:
             hf_peft.load_tensors(self.model, method, start.tensors, start.folder / hf_peft.WEIGHTS)
         self.marks = output.fingerprints(self.model)
         if recipe.train.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(self.model)
         mixed = self._computes_mixed(self.model)
         self.accelerator = _accelerator(recipe, self.folder, mixed)
         self.bare = self.task.module(self.model)
         groups = method.param_groups(self.model, recipe.train.learning_rate, recipe.train.weight_decay)
+        if recipe.train.head_learning_rate is not None:
+            groups = at_own_rate(groups, heads, recipe.train.head_learning_rate)
         self.optimizer = build_optimizer(groups, recipe.train, self.accelerator.device)
         self.module = self.accelerator.prepare_model(self.bare)
         self.check_evaluator = self._evaluator(self.data.eval or self.data.train, mixed=mixed)
@@ -206,7 +209,13 @@ class _Run:
 
     def _scores(self, evaluator: Evaluator) -> Scores:
         options = self.recipe.eval
-        return evaluator.scores(self.bare, generate=options.generate, max_new_tokens=options.max_new_tokens, limit=options.generate_limit)
+        return evaluator.scores(
+            self.bare,
+            generate=options.generate,
+            max_new_tokens=options.max_new_tokens,
+            limit=options.generate_limit,
+            metrics=options.metrics,
+        )
 
     def _loop(self, stop: StopRequest, before: Scores | None, resumed: checkpoints.Checkpoint | None) -> Loop:
         recipe, accelerator = self.recipe, self.accelerator

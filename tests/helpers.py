@@ -15,11 +15,19 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    T5Config,
+)
 
 from peftcli import output
 from peftcli.data.batching import Plan, collate
-from peftcli.data.splits import SplitCounts, TextSplit
+from peftcli.data.splits import PairSplit, SplitCounts, TextSplit
 from peftcli.interchange import hf_peft
 from peftcli.kernels import attention
 from peftcli.methods import registry
@@ -28,7 +36,7 @@ from peftcli.model.load import Base, quantize
 from peftcli.model.source import Source
 from peftcli.recipe.load import parse_recipe
 from peftcli.recipe.schema import Recipe, TrainSection
-from peftcli.recipe.tasks import CausalLMTask
+from peftcli.recipe.tasks import CausalLMTask, Seq2SeqTask
 from peftcli.report.progress import NullProgress
 from peftcli.report.schema import Report
 from peftcli.run import Options, train
@@ -41,6 +49,7 @@ from peftcli.train.signals import StopRequest
 
 VOCABULARY = 264
 CAUSAL_LM = tasks.make(CausalLMTask())
+SEQ2SEQ = tasks.make(Seq2SeqTask())
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -64,6 +73,12 @@ def tiny_tokenizer() -> Any:
 
 def tiny_config(kind: str) -> Any:
     """``llama`` (grouped-query attention), ``llama-bias`` (the same with biases), ``llama-mha``, ``llama-tied``, ``gpt2`` (tied, Conv1D)."""
+    if kind in ("t5", "flan-t5"):
+        return T5Config(
+            vocab_size=VOCABULARY, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_decoder_layers=2, num_heads=4, dropout_rate=0.0,
+            pad_token_id=3, eos_token_id=1, decoder_start_token_id=3, tie_word_embeddings=kind == "t5",
+            feed_forward_proj="relu" if kind == "t5" else "gated-gelu",
+        )  # fmt: skip
     if kind == "gpt2":
         return GPT2Config(
             vocab_size=VOCABULARY, n_positions=256, n_embd=64, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
@@ -80,6 +95,11 @@ def tiny_config(kind: str) -> Any:
 @lru_cache(maxsize=8)
 def _model(kind: str) -> Any:
     torch.manual_seed(7)
+    if kind in ("t5", "flan-t5"):
+        model = AutoModelForSeq2SeqLM.from_config(tiny_config(kind)).eval()
+        if kind == "flan-t5":  # transformers ties every new T5; published ones of the second version are not
+            model.lm_head.weight = nn.Parameter(torch.randn(VOCABULARY, 64) * 0.1)
+        return model
     return AutoModelForCausalLM.from_config(tiny_config(kind), attn_implementation=attention.register()).eval()
 
 
@@ -135,9 +155,11 @@ def some_ids(rows: int = 3, length: int = 12, seed: int = 0) -> Tensor:
 
 
 def logits(model: Any, ids: Tensor | None = None) -> Tensor:
+    ids = some_ids() if ids is None else ids
+    more = {"decoder_input_ids": ids[:, :7]} if model.config.is_encoder_decoder else {}
     model.eval()
     with torch.no_grad():
-        result: Tensor = model(input_ids=some_ids() if ids is None else ids).logits
+        result: Tensor = model(input_ids=ids, **more).logits
     return result
 
 
@@ -162,11 +184,32 @@ def pattern_split(rows: int = 16, length: int = 10) -> TextSplit:
     return TextSplit([f"rows.jsonl:{i + 1}" for i in range(rows)], counts, [], ids, masks, stop_ids=(1,))
 
 
+def make_pairs(lengths: Sequence[tuple[int, int]], seed: int = 0) -> PairSplit:
+    """Pairs of random tokens, each of (tokens of the source, of the target); both end with EOS."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    sides = [[np.append(generator.integers(4, 260, pair[side] - 1), 1).astype(np.int32) for pair in lengths] for side in (0, 1)]
+    return _pairs(*sides)
+
+
+def pattern_pairs(rows: int = 16, length: int = 8) -> PairSplit:
+    """A task that any adapter learns: the target repeats one of four tokens."""
+    generator = np.random.Generator(np.random.PCG64(0))
+    sources = [np.append(generator.integers(4, 260, length - i % 3), 1).astype(np.int32) for i in range(rows)]
+    return _pairs(sources, [np.full(length - i % 2, 10 + i % 4, dtype=np.int32) for i in range(rows)])
+
+
+def _pairs(sources: list[Any], targets: list[Any]) -> PairSplit:
+    total, learned = sum(map(len, [*sources, *targets])), sum(map(len, targets))
+    counts = SplitCounts(len(sources), total, learned, 0, 0, max(len(s) + len(t) for s, t in zip(sources, targets, strict=True)))
+    return PairSplit([f"rows.jsonl:{i + 1}" for i in range(len(sources))], counts, [], sources, targets, stop_ids=(1,))
+
+
 def make_loop(
-    model: Any, method: Method[Any], split: TextSplit, folder: Path, *, steps: int, packed: bool = True,
+    model: Any, method: Method[Any], split: TextSplit | PairSplit, folder: Path, *, steps: int, packed: bool = True,
     evaluate: Callable[[], dict[str, float] | None] = lambda: None, metrics: Any = None, identity: dict[str, Any] | None = None, **settings: Any,
 ) -> Loop:  # fmt: skip
     """A loop over a tiny model, on the CPU, in this process."""
+    task = SEQ2SEQ if isinstance(split, PairSplit) else CAUSAL_LM
     values = {"scheduler": "constant", "warmup_ratio": 0.0, "max_grad_norm": None, "learning_rate": 1e-2, **settings}
     section = TrainSection.model_validate(values)
     plan = Plan(
@@ -177,7 +220,7 @@ def make_loop(
     accelerator = Accelerator(cpu=True)
     optimizer = build_optimizer(method.param_groups(model, section.learning_rate, section.weight_decay), section, accelerator.device)
     return Loop(
-        accelerator=accelerator, method=method, task=CAUSAL_LM, module=CausalLM(model), model=model, optimizer=optimizer, split=split, plan=plan,
+        accelerator=accelerator, method=method, task=task, module=task.module(model), model=model, optimizer=optimizer, split=split, plan=plan,
         settings=section, total_steps=steps, layout=Layout(packed, 3), evaluate=evaluate, metrics=metrics, display=NullProgress(),
         folder=folder / "checkpoints", identity=identity or {}, stop=StopRequest(),
     )  # fmt: skip
@@ -239,7 +282,7 @@ def save_result(folder: Path, model: Any, method: Method[Any], recipe: Recipe) -
     """The result of a run over a tiny model, as the run writes it."""
     source = Source("tiny", "tiny", None, True)
     base = Base(model, tiny_tokenizer(), source, torch.float32, recipe.base_model.quantization, None, (), 0)
-    return output.save_result(folder, model, method, CAUSAL_LM, base, recipe)
+    return output.save_result(folder, model, method, tasks.make(recipe.task), base, recipe)
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:

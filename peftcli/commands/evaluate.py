@@ -12,12 +12,13 @@ from rich.table import Table
 from peftcli.commands.show import print_json
 from peftcli.data.prepare import prepare_eval
 from peftcli.errors import UsageError
-from peftcli.evaluate import Evaluator, Scores, is_match
+from peftcli.evaluate import Evaluator, Scores
 from peftcli.methods.kinds import trains_base_weights
 from peftcli.recipe.schema import DatasetSection, EvalSection
 from peftcli.report.catalogue import FIGURES
 from peftcli.report.text import metric, plural
 from peftcli.result import open_result
+from peftcli.tasks.answers import judged
 from peftcli.tasks.base import Layout
 
 
@@ -66,7 +67,7 @@ def run(
         result.task.module(result.model), generate=wanted, max_new_tokens=settings.max_new_tokens, limit=settings.generate_limit
     )
     examples = [
-        {"prompt": e.prompt, "reference": e.reference, "answer": a, "correct": is_match(a, e.reference)}
+        {"prompt": e.prompt, "reference": e.reference, "answer": a, "correct": judged(settings.metrics, a, e.reference)}
         for e, a in zip(split.generation, scores.answers, strict=False)
     ]
     if json:

@@ -10,6 +10,12 @@ format                    columns (optional ones in brackets)           becomes
 ``text``                  text                                          document
 ``classification``        text, label [text_pair]                       labelled text
 ``text_to_text``          source, target                                raw text
+``preference``            prompt, chosen, rejected [tools margin]       two answers: raw texts for strings, else messages
+``preference_sharegpt``   conversations, chosen, rejected [system ...]  two answers to the conversation so far
+``preference_alpaca``     instruction, chosen, rejected [input ...]     two answers, each as ``alpaca`` has one
+``preference_implicit``   chosen, rejected [tools margin]               two conversations that begin alike
+``kto``                   prompt, completion, label [tools]             an answer that is wanted (true) or not (false)
+``kto_messages``          messages, label [system tools]                the same of the last message
 ========================  ============================================  ==========================================
 
 ``prompt`` and ``completion`` strings are used as they are, without a chat template and without a separator between them,
@@ -28,6 +34,7 @@ from typing import Any
 from peftcli.data.faults import Faults
 from peftcli.data.messages import EmptyAnswer, RowFault, read_messages, read_text, read_tools
 from peftcli.data.neutral import Completion, Conversation, Document, Item, Labelled, Message
+from peftcli.data.preference_formats import pair_of, read_judged, read_pair
 from peftcli.data.readers import Row
 from peftcli.errors import DataError, nearest
 
@@ -40,6 +47,12 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "classification": ("text", "label"),
     "text_to_text": ("source", "target"),
+    "preference": ("prompt", "chosen", "rejected"),
+    "preference_sharegpt": ("conversations", "chosen", "rejected"),
+    "preference_alpaca": ("instruction", "chosen", "rejected"),
+    "preference_implicit": ("chosen", "rejected"),
+    "kto": ("prompt", "completion", "label"),
+    "kto_messages": ("messages", "label"),
 }
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "messages": ("tools",),
@@ -49,6 +62,12 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "text": (),
     "classification": ("text_pair",),
     "text_to_text": (),
+    "preference": ("tools", "margin"),
+    "preference_sharegpt": ("system", "tools", "margin"),
+    "preference_alpaca": ("input", "system", "margin"),
+    "preference_implicit": ("tools", "margin"),
+    "kto": ("tools",),
+    "kto_messages": ("system", "tools"),
 }
 _ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -78,7 +97,8 @@ def detect(columns: Iterable[str], mapping: Mapping[str, str], where: str, forma
     if plain and {"chosen", "rejected"} <= set(theirs) and "completion" not in mapping:
         raise DataError(
             f"{where}: the columns {', '.join(theirs)} are preference pairs; this run trains on single answers",
-            hint="name the answers to learn: dataset.format: prompt_completion with dataset.columns: {prompt: ..., completion: chosen}",
+            hint="learn from the pairs: task: dpo (or orpo, simpo, reward); or name the answers to learn: dataset.format: "
+            "prompt_completion with dataset.columns: {prompt: ..., completion: chosen}",
         )
     for name in formats:
         required = REQUIRED[name]
@@ -86,7 +106,7 @@ def detect(columns: Iterable[str], mapping: Mapping[str, str], where: str, forma
             if "label" in theirs and name in ("messages", "prompt_completion"):
                 raise DataError(
                     f"{where}: beside {' and '.join(required)} there is a column 'label', as in data with good and bad answers",
-                    hint=f"to learn every answer, whatever its label, name the format: dataset.format: {name}",
+                    hint=f"learn from both kinds: task: kto; or to learn every answer, whatever its label: dataset.format: {name}",
                 )
             return name
     example = "prompt_completion" if plain else formats[0]
@@ -184,6 +204,16 @@ class Converter:
                 return self._labelled(row, values)
             case "text_to_text":
                 return self._text_to_text(row, values)
+            case "kto" | "kto_messages":
+                return read_judged(self.format, values, self._theirs, self.system, row.origin)
+            case "preference" | "preference_sharegpt" | "preference_implicit":
+                return read_pair(self.format, values, self._theirs, self.system, row.origin)
+            case "preference_alpaca":
+                answers = [
+                    Converter("alpaca", {**self.mapping, "output": self._theirs(name)}, chat=self.chat, system=self.system).convert(row)
+                    for name in ("chosen", "rejected")
+                ]
+                return pair_of(answers[0], answers[1], values["margin"], self._theirs("margin"))
         text = read_text(values["text"], self._theirs("text"))
         if not text.strip():
             raise EmptyAnswer(self._theirs("text"))

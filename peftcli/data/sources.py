@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from peftcli.data.faults import Faults
-from peftcli.data.readers import SUFFIXES, Row, kind_of, read_file
+from peftcli.data.faults import Faults, Skipped
+from peftcli.data.readers import SUFFIXES, Reading, Row, kind_of, read_file
 from peftcli.errors import DataError, nearest
 from peftcli.recipe.schema import SourceSection
 
-__all__ = ["Row", "SourceRows", "find", "read_source"]
+__all__ = ["FileSource", "HubSource", "Row", "Source", "SourceRows", "find", "open_source", "read_source"]
 
 Role = Literal["train", "eval"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_GZIP_RATIO = 4
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,73 @@ class SourceRows:
         files: (path as written in the recipe, sha256 of its bytes) of each file; a hub dataset has one entry
             ``id@revision`` with the sha256 of its rows as JSON.
         notes: what a user should know, such as files of a folder that were left out.
+        skipped: faulty rows that were left out, where the caller asked for it.
     """
 
     rows: list[Row]
     files: list[tuple[str, str]]
     notes: list[str] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """Files that lie here.
+
+    Attributes:
+        files: (path, its name in origins and faults), in the order of reading.
+        reading: how they are read. ``notes``: what a user should know.
+    """
+
+    files: Sequence[tuple[Path, str]]
+    reading: Reading
+    notes: list[str]
+
+    def rows(self, faults: Faults, used: list[tuple[str, str]], only: Container[int] | None = None) -> Iterator[Row]:
+        """All rows; ``used`` gets (name, sha256) of each file as it is begun. ``only``: see :func:`read_file`."""
+        for path, shown in self.files:
+            used.append((shown, sha256_of(path)))
+            yield from read_file(path, shown, faults, self.reading, only=only)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files, unpacked ones estimated."""
+        return sum(path.stat().st_size * (_GZIP_RATIO if path.name.endswith(".gz") else 1) for path, _ in self.files)
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A split of a hub dataset.
+
+    Attributes:
+        label: ``id@revision``. ``shown``: its name in origins.
+        table: the rows, as a mapping each: a dataset on disk, or one that comes as it is read.
+        size: bytes on disk; ``None`` where the rows come as they are read.
+        key: names the content, for a cache; ``None`` where it is not known beforehand.
+    """
+
+    label: str
+    shown: str
+    table: Any
+    size: int | None
+    key: str | None
+    notes: list[str] = field(default_factory=list)
+
+    def rows(self, faults: Faults, used: list[tuple[str, str]], only: Container[int] | None = None) -> Iterator[Row]:
+        """All rows; ``used`` gets (label, sha256 of the rows as JSON) once the last one asked for was read."""
+        digest, index = hashlib.sha256(), -1
+        try:
+            for index, values in enumerate(self.table):
+                digest.update(json.dumps(values, sort_keys=True, default=str).encode())
+                if only is None or index in only:
+                    yield Row(dict(values), f"{self.shown}[{index}]")
+        finally:
+            used.append((self.label, digest.hexdigest()))
+        if index < 0:
+            faults.add("the split has no rows", at=self.shown)
+
+
+Source = FileSource | HubSource
 
 
 def find(path: str, base_dir: Path) -> Path | None:
@@ -50,39 +115,87 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def read_source(source: SourceSection, *, base_dir: Path, role: Role, limit: int | None = None) -> SourceRows:
-    """Every row of a source, up to the smaller of its own limit and ``limit``.
+def open_source(source: SourceSection, *, base_dir: Path, role: Role, streaming: bool = False) -> Source:
+    """Find a source, without reading it.
 
     Args:
         source: the recipe's source.
         base_dir: the recipe's folder; a relative path that is not below the working directory is looked up there.
         role: which split of a hub dataset is meant when the recipe names none.
+        streaming: do not download a hub dataset as a whole first.
+
+    Raises:
+        DataError: a path that is not there, options that do not fit it, a hub dataset that cannot be loaded.
+    """
+    found = find(source.path, base_dir)
+    if found is None:
+        if _looks_local(source):
+            raise _missing(source.path, base_dir)
+        return _hub(source, base_dir, role, streaming)
+    reading, notes = _reading(source), list[str]()
+    files = [(found, source.path)] if found.is_file() else _folder(found, source.path, notes)
+    return FileSource(files, reading, notes)
+
+
+def read_source(source: SourceSection, *, base_dir: Path, role: Role, limit: int | None = None, skip: bool = False) -> SourceRows:
+    """Every row of a source, up to the smaller of its own limit and ``limit``.
+
+    Args:
+        source, base_dir, role: see :func:`open_source`.
         limit: stop after this many rows.
+        skip: leave faulty rows out instead of raising.
 
     Raises:
         DataError: a file that is missing, empty or faulty, with ``file:line`` of up to ten faults; a hub dataset that
             cannot be loaded.
     """
-    limits = [value for value in (source.limit, limit) if value is not None]
-    stop = min(limits) if limits else None
-    found = find(source.path, base_dir)
-    if found is None:
-        if _looks_local(source.path):
-            raise _missing(source.path, base_dir)
-        return _hub(source, base_dir, role, stop)
-    notes: list[str] = []
-    files = [(found, source.path)] if found.is_file() else _folder(found, source.path, notes)
-    faults = Faults()
+    opened = open_source(source, base_dir=base_dir, role=role)
+    faults = Faults(skip=skip)
     used: list[tuple[str, str]] = []
-
-    def rows() -> Iterator[Row]:
-        for path, shown in files:
-            used.append((shown, sha256_of(path)))
-            yield from read_file(path, shown, faults)
-
-    taken = list(islice(rows(), stop))
+    rows = opened.rows(faults, used)
+    taken = list(islice(rows, stop_at(source, limit)))
+    rows.close()  # type: ignore[attr-defined]
     faults.raise_if_any()
-    return SourceRows(taken, used, notes)
+    return SourceRows(taken, used, opened.notes, faults.skipped)
+
+
+def stop_at(source: SourceSection, limit: int | None) -> int | None:
+    """How many rows of a source are read: the smaller of its own limit and ``limit``; ``None`` for all."""
+    return min((value for value in (source.limit, limit) if value is not None), default=None)
+
+
+def _reading(source: SourceSection) -> Reading:
+    """The source's options, checked.
+
+    Raises:
+        DataError: an unknown encoding, a pattern that is no regular expression or has no named group.
+    """
+    where = f"dataset source {source.path}"
+    try:
+        encoding = codecs.lookup(source.encoding).name
+        lines = "\n".encode(encoding) == b"\n"
+    except (LookupError, UnicodeError):
+        raise DataError(f"{where}: encoding {source.encoding!r} is not known", hint="for example utf-8, latin-1, cp1252, gb18030") from None
+    if not lines:
+        raise DataError(
+            f"{where}: encoding {source.encoding!r} cannot be read line by line", hint="convert the file: iconv -t UTF-8 FILE > NEW_FILE"
+        )
+    pattern = None
+    if source.pattern is not None:
+        try:
+            pattern = re.compile(source.pattern)
+        except re.error as error:
+            raise DataError(f"{where}: pattern {source.pattern!r} is no regular expression ({error})") from None
+        if not pattern.groupindex:
+            raise DataError(
+                f"{where}: pattern {source.pattern!r} names no column", hint="named groups are the columns: '(?P<label>\\w+) (?P<text>.*)'"
+            )
+    if pattern is not None and (source.header or source.delimiter):
+        raise DataError(f"{where}: a pattern takes lines apart by itself; leave header and delimiter out")
+    header = tuple(source.header) if source.header else None
+    if header and (len(set(header)) < len(header) or not all(header)):
+        raise DataError(f"{where}: header must name each column once, found {', '.join(map(repr, header))}")
+    return Reading(header, source.delimiter, encoding, pattern)
 
 
 def _folder(folder: Path, shown: str, notes: list[str]) -> list[tuple[Path, str]]:
@@ -100,8 +213,9 @@ def _folder(folder: Path, shown: str, notes: list[str]) -> list[tuple[Path, str]
     return [(path, f"{shown.rstrip('/')}/{path.relative_to(folder).as_posix()}") for path in chosen]
 
 
-def _looks_local(path: str) -> bool:
-    return kind_of(Path(path)) is not None or path.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(path)
+def _looks_local(source: SourceSection) -> bool:
+    path, described = source.path, source.header or source.delimiter or source.pattern
+    return bool(described) or kind_of(Path(path)) is not None or path.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(path)
 
 
 def _missing(path: str, base_dir: Path) -> DataError:
@@ -118,12 +232,13 @@ def _missing(path: str, base_dir: Path) -> DataError:
     )
 
 
-def _hub(source: SourceSection, base_dir: Path, role: Role, stop: int | None) -> SourceRows:
+def _hub(source: SourceSection, base_dir: Path, role: Role, streaming: bool) -> HubSource:
     import datasets  # type: ignore[import-untyped, unused-ignore]
 
     wanted = [source.split] if source.split else (["train"] if role == "train" else ["test", "validation"])
+    settings: dict[str, Any] = {"streaming": True} if streaming else {}
     try:
-        loaded: Any = datasets.load_dataset(source.path, source.name, revision=source.revision)
+        loaded: Any = datasets.load_dataset(source.path, source.name, revision=source.revision, **settings)
     except Exception as error:
         # The library raises its own, fsspec's, httpx's and pyarrow's errors here.
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -138,13 +253,8 @@ def _hub(source: SourceSection, base_dir: Path, role: Role, stop: int | None) ->
             hint="name one: dataset.train[].split",
         )
     table = loaded[split]
-    if stop is not None:
-        table = table.select(range(min(stop, len(table))))
-    if not len(table):
-        raise DataError(f"{source.path}: split {split!r} has no rows")
     label = f"{source.path}@{source.revision or 'main'}"
-    rows = [Row(dict(values), f"{source.path}/{split}[{index}]") for index, values in enumerate(table)]
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row.values, sort_keys=True, default=str).encode())
-    return SourceRows(rows, [(label, digest.hexdigest())])
+    pinned = f"{source.path}:{source.name}:{split}@{source.revision}" if _COMMIT.fullmatch(source.revision or "") else None
+    if streaming:
+        return HubSource(label, f"{source.path}/{split}", table, None, pinned)
+    return HubSource(label, f"{source.path}/{split}", table, int(table.data.nbytes), str(table._fingerprint))

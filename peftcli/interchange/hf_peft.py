@@ -32,6 +32,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # The version of PEFT whose files these are; stock peft reads it to convert older files.
 PEFT_VERSION = "0.21.2"
 _PREFIX = "base_model.model."
+# What stock PEFT trains and saves of a classifier without being told.
+_PEFT_HEADS = ("classifier", "score")
 _MAX_CONFIG, _MAX_HEADER = 1 << 20, 32 << 20
 _DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
@@ -107,7 +109,8 @@ def save_adapter(
     if method.peft is None:
         raise CheckpointError(f"{method.config.name} has no file format of PEFT's")
     folder.mkdir(parents=True, exist_ok=True)
-    new = [*classification_heads(model), *fresh]
+    wrapped = isinstance(model, Wrapper)
+    new = [*classification_heads(cast(nn.Module, model.base) if wrapped else model), *fresh]
     fields = {
         "peft_type": method.peft.peft_type,
         "task_type": task_type,
@@ -120,7 +123,9 @@ def save_adapter(
     }
     if "tokenizer_name_or_path" in fields and fields.get("prompt_tuning_init_text") is not None:
         fields["tokenizer_name_or_path"] = base_model
-    if "modules_to_save" in fields and not isinstance(model, Wrapper):
+    if wrapped and not all(name.endswith(_PEFT_HEADS) for name in new):
+        fields["modules_to_save"] = sorted(new)
+    if "modules_to_save" in fields and not wrapped:
         # Whole names: PEFT takes every module whose name ends with the text, `input_layernorm` for `norm`.
         named = {*whole_modules(model, fields["modules_to_save"] or ()), *(name for name in new if _trained(model, name))}
         fields["modules_to_save"] = sorted(named) or fields["modules_to_save"]

@@ -56,7 +56,7 @@ class Loss(NamedTuple):
     Attributes:
         total: scalar float32 tensor, the sum of the token losses in nats.
         correct: scalar int64 tensor, how many supervised tokens were the most likely one.
-        parts: further named scalars for the log.
+        parts: further named scalars for the log, summed likewise and logged as means; the same names in every batch.
     """
 
     total: Tensor

@@ -28,6 +28,8 @@ from peftcli.methods.targets import classification_heads
 
 # The name of the values in the model, and in PEFT's files.
 VALUES = "prompt_embeddings"
+# What classifiers have on top of their bodies, by the names that transformers gives it. PEFT knows the first two.
+HEADS = ("classifier", "score", "pre_classifier", "pooler", "classification_head", "logits_proj", "sequence_summary")
 
 
 class Prompted(Wrapper):
@@ -317,9 +319,10 @@ class PromptMethod(Method[C]):
 
     @classmethod
     def from_peft(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
-        # PEFT names both heads of classifiers, whichever the model has.
-        fine = {"num_transformer_submodules": (None, 1), "modules_to_save": (None, [], ["classifier", "score"])}
-        asked = [f"{key}={fields[key]!r}" for key, values in fine.items() if key in fields and fields[key] not in values]
+        asked = [f"num_transformer_submodules={n}" for n in [fields.get("num_transformer_submodules")] if n not in (None, 1)]
+        # PEFT names both heads of classifiers, whichever the model has, and once more with every save.
+        if not all(name.rpartition(".")[2] in HEADS for name in fields.get("modules_to_save") or ()):
+            asked.append(f"modules_to_save={fields['modules_to_save']!r}")
         if asked:
             raise CheckpointError(f"the adapter uses {', '.join(asked)}, which this version does not compute")
         return {"num_virtual_tokens": fields["num_virtual_tokens"]}

@@ -263,6 +263,15 @@ def _load_model(opened: Opened, dtype: torch.dtype, auto_model: str, head: Head 
     return model, getattr(model.config, "_commit_hash", None), fresh
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Let ``model`` recompute activations in the backward pass, whatever the version of transformers calls it."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is not None:
+        enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 @contextlib.contextmanager
 def quiet(*, gguf: bool = False) -> Iterator[None]:
     """Load or save without the library's remarks and bars: a run has its own display. Downloads keep theirs."""

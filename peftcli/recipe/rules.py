@@ -43,6 +43,10 @@ def check(collector: Collector, task: type[TaskSection] | None) -> None:
                 fault(key, "needs evaluations during training", "together with train.eval_steps")
     if value("eval.generate") is True and not has_rows:
         fault("eval.generate", "needs held-out rows", f"together with {rows}")
+    measures = find(root, "eval.metrics")
+    asked = [item.value for item in measures.value] if measures is not None and isinstance(measures.value, list) else []
+    if set(asked) - {"exact_match"} and value("eval.generate") is not True:
+        fault("eval.metrics", "measures generated answers", "together with eval.generate: true")
     if task is not None:
         _fits_task(root, task, value, fault)
 
@@ -56,6 +60,8 @@ def _fits_task(root: Node, task: type[TaskSection], value: Callable[[str], Any],
             fault(key, f"does not fit task {name}", allowed)
     if value("eval.generate") is True and not task.generates:
         fault("eval.generate", f"task {name} writes no answers", "false")
+    if value("train.head_learning_rate") is not None and not task.fresh_head:
+        fault("train.head_learning_rate", f"task {name} has no fresh output layer", "null")
 
 
 def _source_formats(root: Node) -> list[str]:

@@ -19,6 +19,7 @@ Quantization = Literal["nf4", "fp4", "int8"]
 Format = Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text", "classification", "text_to_text"]
 Truncation = Literal["keep_start", "keep_end", "drop", "split", "error"]
 Scheduler = Literal["cosine", "linear", "constant"]
+AnswerMetric = Literal["exact_match", "numeric_match", "rouge", "bleu", "chrf"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "sgd"]
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -74,6 +75,18 @@ class SourceSection(Section):
     limit: PositiveInt | None = Field(None, description="Take only the first N rows of this source.")
     format: Format | None = Field(None, description="Format of this source when it differs from the section's.")
     columns: dict[str, str] | None = Field(None, description="Column mapping of this source when it differs from the section's.")
+    header: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="Names of the columns of a CSV or TSV file whose first line is a row already."
+    )
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = Field(
+        None, description="Read the file as a table, whatever its name, with this character between the cells."
+    )
+    encoding: str = Field("utf-8", description="Encoding of text files, such as `latin-1` or `gb18030`.")
+    pattern: str | None = Field(
+        None,
+        description="Read the file line by line, whatever its name: a regular expression that each line matches and whose named groups "
+        "are the columns.",
+    )
 
 
 class DatasetSection(Section):
@@ -105,6 +118,19 @@ class DatasetSection(Section):
     )
     shuffle: bool = Field(True, description="Visit the rows in a new order each epoch, a pure function of the seed.")
     group_by_length: bool = Field(False, description="Put rows of similar length into the same step.")
+    on_error: Literal["fail", "skip"] = Field(
+        "fail",
+        description="What happens to faulty rows: stop with their places, or leave them out, count them and list them in `skipped.jsonl`.",
+    )
+    deduplicate: bool = Field(
+        False, description="Leave out training rows that repeat an earlier one exactly. They are counted and reported either way."
+    )
+    streaming: bool | None = Field(
+        None,
+        description="Read training rows as a stream and keep their tokens in a cache on disk that is keyed by content, so memory stays "
+        "flat; a hub dataset is not downloaded as a whole first. `null`: from 64 MB of data on.",
+    )
+    num_proc: PositiveInt | None = Field(None, description="Processes that tokenize a stream. `null`: one for each core, at most 8.")
     limit: PositiveInt | None = Field(None, description="Use only the first N training rows.")
     eval_limit: PositiveInt | None = Field(None, description="Use only the first N held-out rows.")
 
@@ -129,6 +155,9 @@ class TrainSection(Section):
         1, description="Batches whose gradients are summed before a step. The loss is the mean over all supervised tokens of the step."
     )
     learning_rate: float = Field(2e-4, gt=0.0, lt=100.0, description="Peak learning rate.")
+    head_learning_rate: float | None = Field(
+        None, gt=0.0, lt=100.0, description="Peak learning rate of a task's fresh output layer, which has further to go; `null`: the same."
+    )
     scheduler: Scheduler = Field("cosine", description="Learning rate after the warm-up: `cosine` or `linear` to zero, or `constant`.")
     warmup_ratio: Fraction = Field(0.03, description="Fraction of the steps in which the learning rate rises from zero.")
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(None, description="In place of `warmup_ratio`: the number of steps.")
@@ -171,7 +200,12 @@ class TrainSection(Section):
 class EvalSection(Section):
     """What is measured on the held-out rows, before and after training."""
 
-    generate: bool = Field(False, description="Also let the model write its answers and report `exact_match`.")
+    generate: bool = Field(False, description="Also let the model write its answers and measure them (`metrics`).")
+    metrics: Annotated[list[AnswerMetric], Field(min_length=1)] = Field(
+        ["exact_match"],
+        description="How generated answers are measured: `exact_match`; `numeric_match` (the number that both end up with, as for GSM8K); "
+        "`rouge` (ROUGE-1, -2 and -L); `bleu` and `chrf` (sacreBLEU).",
+    )
     max_new_tokens: PositiveInt = Field(128, description="Longest generated answer in tokens.")
     generate_limit: PositiveInt | None = Field(None, description="Generate for only the first N held-out rows.")
     batch_size: PositiveInt = Field(16, description="Rows evaluated at once. Has no influence on the results.")

@@ -9,16 +9,26 @@ from typing import NamedTuple
 
 
 class Figure(NamedTuple):
-    """A metric in words. ``share``: from 0 to 1, shown in percent."""
+    """A metric in words. ``share``: from 0 to 1, shown in percent. ``top``: the best value of one that grows."""
 
     label: str
     meaning: str
     higher_is_better: bool = True
     share: bool = False
+    top: float = 1.0
 
 
 FIGURES: dict[str, Figure] = {
     "exact_match": Figure("Exact match", "share of generated answers that equal the reference", share=True),
+    "numeric_match": Figure("Numeric match", "share of generated answers that end up with the reference's number", share=True),
+    "rouge_l": Figure("ROUGE-L", "longest common subsequence of words of answer and reference: mean F1 over rows", share=True),
+    "rouge_1": Figure("ROUGE-1", "words that answer and reference share: mean F1 over rows", share=True),
+    "rouge_2": Figure("ROUGE-2", "pairs of words that answer and reference share: mean F1 over rows", share=True),
+    "bleu": Figure("BLEU", "sacreBLEU of all answers, 0 to 100", top=100.0),
+    "chrf": Figure("chrF", "chrF2 of all answers by sacreBLEU: characters shared with the reference, 0 to 100", top=100.0),
+    "entity_f1": Figure("Entity F1", "harmonic mean of precision and recall of whole entities, type and both ends right", share=True),
+    "entity_precision": Figure("Entity precision", "share of the entities found that are right", share=True),
+    "entity_recall": Figure("Entity recall", "share of the true entities that were found", share=True),
     "accuracy": Figure("Accuracy", "share of rows judged right", share=True),
     "f1": Figure("F1", "harmonic mean of precision and recall: of class 1 where there are two, else the mean over classes"),
     "f1_micro": Figure("Micro F1", "F1 over all labels of all rows together"),
@@ -31,7 +41,7 @@ FIGURES: dict[str, Figure] = {
     "perplexity": Figure("Perplexity", "exp(loss)", higher_is_better=False),
 }
 # What tells of generated answers, and so of as many rows as were generated.
-GENERATED = ("exact_match",)
+GENERATED = ("exact_match", "numeric_match", "rouge_l", "rouge_1", "rouge_2", "bleu", "chrf")
 
 
 def figure(name: str) -> Figure:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from peftcli.report.schema import Report
-from peftcli.report.text import comparisons, duration, metric, number, plural, shorten, size, verdict
+from peftcli.report.text import change, comparisons, duration, metric, number, p_value, plural, shorten, size, verdict
 
 EXAMPLES = 3
 _TONE = {"good": "bold green", "bad": "bold red", "neutral": "bold"}
@@ -40,11 +40,16 @@ def print_summary(report: Report, console: Console, folder: Path | None = None) 
         table.add_column("base", justify="right")
         table.add_column("tuned", justify="right", style="bold")
         table.add_column("95 % of tuned", justify="right", style="dim")
+        if tested := any(item.test is not None for item in found):
+            table.add_column("difference", justify="right", style="dim")
         for item in found:
             ends = item.interval_after
             between = "" if ends is None else f"{metric(item.name, ends[0])} to {metric(item.name, ends[1])}"
             style = "red" if item.tone == "bad" else ""
-            table.add_row(item.label.lower(), metric(item.name, item.before), Text(metric(item.name, item.after), style=style), between)
+            row = [item.label.lower(), metric(item.name, item.before), Text(metric(item.name, item.after), style=style), between]
+            if tested:
+                row.append("" if item.test is None else f"{change(item.name, item.test.difference)}, {p_value(item.test)}")
+            table.add_row(*row)
         console.print(table)
     elif train.loss_last is not None:
         console.print(f"training loss {number(train.loss_first)} → {number(train.loss_last)}")

@@ -16,10 +16,12 @@ from peftcli.report.markup import badge, data, facts, section, table, text, user
 from peftcli.report.schema import Example, LiveAdapterCheck, Report, SplitInfo
 from peftcli.report.text import (
     Comparison,
+    change,
     comparisons,
     duration,
     metric,
     number,
+    p_value,
     percent,
     plural,
     short_count,
@@ -28,6 +30,7 @@ from peftcli.report.text import (
 )
 
 AUDIT_CHARACTERS = 8_000
+_TESTS = {"mcnemar": "McNemar's exact test", "bootstrap": "paired bootstrap"}
 _STATUS = {
     "completed": ("completed", "good", "✓"),
     "stopped_early": ("stopped early", "good", "✓"),
@@ -131,10 +134,17 @@ def _card(item: Comparison, *, lead: bool) -> str:
     ranges = [f"{name.lower()} {shown(interval[0])} to {shown(interval[1])}" for name, _, _, interval in rows if interval]
     words = figure(item.name)
     hint = ", ".join(part for part in (words.meaning, "higher is better" if words.higher_is_better else "lower is better") if part)
-    top = 1.0 if words.higher_is_better else None
+    top = words.top if words.higher_is_better else None
     named = "".join(f"<span>{name}</span>" for name, _, _, _ in rows)
     footnote = f'<p class="range">95 %: {text("; ".join(ranges))}</p>' if ranges else ""
-    verdict_mark = badge("worse", "bad", "▼") if item.tone == "bad" else badge("intervals overlap", "neutral", "≈") if item.overlaps else ""
+    if item.test is not None:
+        low, high = (change(item.name, end) for end in item.test.interval)
+        footnote += (
+            f'<p class="range">Difference: {text(change(item.name, item.test.difference))} ({text(low)} to {text(high)}), '
+            f"{text(p_value(item.test))}, {_TESTS[item.test.test]}</p>"
+        )
+    doubt = badge("may be chance", "neutral", "≈") if item.doubtful else ""
+    verdict_mark = badge("worse", "bad", "▼") + doubt if item.tone == "bad" else doubt if item.tone == "good" else ""
     return (
         f'<article class="card{" lead" if lead else ""}"><h3>{item.label}{verdict_mark}</h3><p class="big">{numbers}</p>'
         f'<div class="barbox"><div class="barnames" aria-hidden="true">{named}</div>{bars(item.label, rows, top=top, show=shown)}</div>'

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from peftcli.report.schema import LiveAdapterCheck, Report, SplitInfo
-from peftcli.report.text import Comparison, comparisons, duration, metric, number, percent, plural, shorten, size, verdict
+from peftcli.report.text import Comparison, change, comparisons, duration, metric, number, p_value, percent, plural, shorten, size, verdict
 
 EXAMPLES = 3
 CELL = 300
@@ -79,13 +79,22 @@ def _table(found: list[Comparison]) -> str:
         plain = metric(item.name, value)
         return f"{plain} [{metric(item.name, interval[0])}, {metric(item.name, interval[1])}]" if value is not None and interval else plain
 
-    lines = ["| Held-out rows | Base | Tuned |", "| --- | ---: | ---: |"]
+    def difference(item: Comparison) -> str:
+        if item.test is None:
+            return "–"
+        low, high = (change(item.name, end) for end in item.test.interval)
+        return f"{change(item.name, item.test.difference)} [{low}, {high}], {p_value(item.test)}"
+
+    tested = any(item.test is not None for item in found)
+    lines = [f"| Held-out rows | Base | Tuned |{' Difference |' if tested else ''}", f"| --- | ---: | ---: |{' ---: |' if tested else ''}"]
     lines += [
         f"| {item.label} | {shown(item, item.before, item.interval_before)} | {shown(item, item.after, item.interval_after)} |"
+        + (f" {difference(item)} |" if tested else "")
         for item in found
     ]
-    note = "\n\nBrackets: 95 % intervals." if any(item.interval_before or item.interval_after for item in found) else ""
-    return "\n".join(lines) + note
+    notes = ["Brackets: 95 % intervals."] if any(item.interval_before or item.interval_after for item in found) else []
+    notes += ["p: paired test over the same rows."] if tested else []
+    return "\n".join(lines) + (f"\n\n{' '.join(notes)}" if notes else "")
 
 
 def _examples(report: Report) -> str:

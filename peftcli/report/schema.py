@@ -185,6 +185,17 @@ class EvalInfo(Part):
         return self.loss if name == "loss" else self.metrics.get(name)
 
 
+class PairedTest(Part):
+    """One figure of the tuned model minus that of the base model on the same held-out rows, and whether chance could have made it."""
+
+    difference: float
+    interval: Interval = Field(description="[low, high] of the difference, 95 %.")
+    p_value: Share = Field(description="Two-sided, of no difference.")
+    test: Literal["mcnemar", "bootstrap"] = Field(
+        description="`mcnemar`: exact, for shares of rows; `bootstrap`: paired, over rows drawn anew 1,000 times (p is at least 0.002)."
+    )
+
+
 class Example(Part):
     """One held-out request with its expected answer and what the model wrote before and after training."""
 
@@ -256,6 +267,9 @@ class Report(Part):
     train: TrainInfo
     eval_before: EvalInfo | None = Field(None, description="The base model, measured before training; null: not measured.")
     eval: EvalInfo | None = Field(None, description="The tuned model. Required where held-out rows exist and the run ended well.")
+    comparisons: dict[str, PairedTest] = Field(
+        default_factory=dict, description="Tuned against base by metric, `loss` among them; empty where not both were measured."
+    )
     examples: list[Example] = Field(default_factory=list)
     environment: Environment
     files: dict[RelativePath, Sha256] = Field(

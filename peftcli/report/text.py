@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from peftcli.report.catalogue import FIGURES, GENERATED, figure
-from peftcli.report.schema import EvalInfo, Report
+from peftcli.report.schema import EvalInfo, PairedTest, Report
 
 Tone = Literal["good", "bad", "neutral"]
+# A difference whose p-value is not below may be chance.
+SIGNIFICANT = 0.05
 
 
 def percent(share: float) -> str:
@@ -48,6 +50,20 @@ def metric(name: str, value: float | None) -> str:
     if value is None:
         return "–"
     return percent(value) if figure(name).share else number(float(value))
+
+
+def change(name: str, value: float) -> str:
+    """A metric's difference with its sign; of shares in percentage points."""
+    size = abs(value)
+    shown = f"{size * 100:.1f} points" if figure(name).share else number(size)
+    return f"{'-' if value < 0 else '+' if value > 0 else '±'}{shown}"
+
+
+def p_value(test: PairedTest) -> str:
+    """``p = 0.03``, or a bound where it is small: ``p < 0.001``, ``p ≤ 0.002`` (as far as resampling tells)."""
+    if test.test == "bootstrap" and test.p_value <= 0.002:
+        return "p ≤ 0.002"
+    return "p < 0.001" if test.p_value < 0.001 else f"p = {test.p_value:.{3 if test.p_value < 0.01 else 2}f}"
 
 
 def size(count: float) -> str:
@@ -96,6 +112,7 @@ class Comparison:
     Attributes:
         before, after: plain numbers, ``None`` where not measured.
         interval_before, interval_after: 95 % intervals, ``None`` where not computed.
+        test: the paired test of the two, ``None`` where there is none.
     """
 
     name: str
@@ -103,6 +120,7 @@ class Comparison:
     after: float | None
     interval_before: tuple[float, float] | None
     interval_after: tuple[float, float] | None
+    test: PairedTest | None = None
 
     @property
     def label(self) -> str:
@@ -115,8 +133,10 @@ class Comparison:
         return "good" if (self.after > self.before) == figure(self.name).higher_is_better else "bad"
 
     @property
-    def overlaps(self) -> bool:
-        """True where both intervals are known and share a point: the difference may be chance."""
+    def doubtful(self) -> bool:
+        """The difference may be chance: the paired test says so, or where there is none, the two intervals share a point."""
+        if self.test is not None:
+            return self.test.p_value >= SIGNIFICANT
         if self.interval_before is None or self.interval_after is None:
             return False
         return self.interval_before[0] <= self.interval_after[1] and self.interval_after[0] <= self.interval_before[1]
@@ -134,7 +154,11 @@ def comparisons(report: Report) -> list[Comparison]:
     before, after = report.eval_before, report.eval
     measured = [name for info in (before, after) if info is not None for name in info.metrics]
     names = list(dict.fromkeys((*FIGURES, *measured)))
-    found = (Comparison(name, value(before, name), value(after, name), interval(before, name), interval(after, name)) for name in names)
+    tests = report.comparisons
+    found = (
+        Comparison(name, value(before, name), value(after, name), interval(before, name), interval(after, name), tests.get(name))
+        for name in names
+    )
     return [item for item in found if item.before is not None or item.after is not None]
 
 
@@ -145,7 +169,7 @@ class Verdict:
     Attributes:
         text: the sentence, without a full stop.
         tone: good, bad or neutral.
-        detail: what qualifies it (a failed check, overlapping intervals), or ``None``.
+        detail: what qualifies it (a failed check, a difference that may be chance), or ``None``.
     """
 
     text: str
@@ -183,10 +207,11 @@ def _outcome(report: Report, steps: str) -> tuple[str, Tone, str | None]:
     lead = told[0] if told else found[0]
     rows = report.eval.generated if lead.name in GENERATED and report.eval.generated else report.eval.rows
     label = lead.label if lead.name in GENERATED else f"Held-out {lead.name.replace('_', ' ')}"
-    change = metric(lead.name, lead.after) if lead.before is None else f"{metric(lead.name, lead.before)} → {metric(lead.name, lead.after)}"
+    moved = metric(lead.name, lead.after) if lead.before is None else f"{metric(lead.name, lead.before)} → {metric(lead.name, lead.after)}"
+    why = f"paired test, {p_value(lead.test)}" if lead.test is not None else "the 95 % intervals overlap"
     if lead.tone == "bad":
-        detail = "The tuned model is worse than the base model"
-    elif lead.overlaps and lead.tone == "good":
-        detail = "The 95 % intervals overlap: the gain may be chance"
+        detail = "The tuned model is worse than the base model" + (f", or equal: {why}" if lead.doubtful else "")
+    elif lead.doubtful and lead.tone == "good":
+        detail = f"The gain may be chance: {why}"
     held = "held-out row" if rows == 1 else "held-out rows"
-    return f"{label} {change} on {rows:,} {held}", lead.tone, detail
+    return f"{label} {moved} on {rows:,} {held}", lead.tone, detail

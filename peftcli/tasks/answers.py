@@ -16,6 +16,7 @@ from peftcli.tasks.intervals import Floats, Metric, of_sums, share
 # Han, kana and Hangul: scripts whose words no blank separates, or whose letters the usual tokenizers of ROUGE drop.
 _EAST_ASIAN = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]")
 _WORDS = re.compile(rf"{_EAST_ASIAN.pattern}|[^\W_]")
+_FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
 _CURRENCY = re.compile(r"[$€£¥₹₩]\s?")
 _PLAIN = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 # A hyphen is a sign only where nothing stands before it that could be subtracted from.
@@ -33,7 +34,8 @@ def is_match(answer: str, reference: str) -> bool:
 def last_number(text: str) -> Fraction | None:
     """The number that a text ends up with: the first after the last ``####`` (as in GSM8K) or in the last ``\\boxed{``, else the
     last of the text; ``None`` where there is none. Separators of thousands, currency signs and percent signs do not count."""
-    text = _CURRENCY.sub("", unicodedata.normalize("NFKC", text).replace("\u2212", "-"))
+    text = _FRACTION.sub(r"\1/\2", unicodedata.normalize("NFKC", text).replace("\u2212", "-"))
+    text = _CURRENCY.sub("", text)
     for mark in ("####", "\\boxed{"):
         _, found, rest = text.rpartition(mark)
         if found and (first := _NUMBER.search(rest)):
@@ -119,14 +121,14 @@ def _rouge(answers: Sequence[str], references: Sequence[str]) -> dict[str, Metri
 
 
 def _bleu(answers: Sequence[str], references: Sequence[str]) -> dict[str, Metric]:
-    from sacrebleu.metrics import BLEU
+    from sacrebleu.metrics.bleu import BLEU
 
     asian = any(_EAST_ASIAN.search(text) for text in references)
     return {"bleu": _of_corpus(BLEU(tokenize="zh" if asian else "13a"), answers, references)}
 
 
 def _chrf(answers: Sequence[str], references: Sequence[str]) -> dict[str, Metric]:
-    from sacrebleu.metrics import CHRF
+    from sacrebleu.metrics.chrf import CHRF
 
     return {"chrf": _of_corpus(CHRF(), answers, references)}
 

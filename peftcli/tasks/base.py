@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from peftcli.data.splits import Split
 from peftcli.methods.base import Loss
 from peftcli.recipe.schema import DatasetSection
 from peftcli.recipe.tasks import TaskSection
+from peftcli.tasks.intervals import Metric
+
+__all__ = ["Head", "Layout", "Measured", "Metric", "Task", "TaskModule"]
 
 S = TypeVar("S", bound=TaskSection)
 Measured = dict[str, Tensor]
@@ -49,13 +52,6 @@ class Head:
 
     labels: tuple[str, ...]
     problem: str
-
-
-class Metric(NamedTuple):
-    """A figure and its 95 % interval, ``None`` where there is none."""
-
-    value: float
-    interval: tuple[float, float] | None
 
 
 class TaskModule(nn.Module, ABC):

@@ -22,7 +22,7 @@ from peftcli.methods.base import Loss
 from peftcli.recipe import tasks as options
 from peftcli.recipe.schema import DatasetSection
 from peftcli.tasks.base import Layout, Measured, Metric, Task, TaskModule
-from peftcli.tasks.intervals import ratio, wilson
+from peftcli.tasks.intervals import of_sums, ratio, wilson
 
 # float32 logits of this many positions at once, in evaluation.
 _SLICE = 128
@@ -131,9 +131,12 @@ def token_scores(measured: Mapping[str, Tensor]) -> dict[str, Metric]:
     """Perplexity and token accuracy from ``loss``, ``units`` and ``correct`` [rows] each."""
     tokens, correct = int(measured["units"].sum()), int(measured["correct"].sum())
     low, high = ratio(measured["loss"], measured["units"])
+    parts = torch.stack([measured["loss"], measured["correct"].double(), measured["units"].double()], -1).numpy()
+    perplexity = of_sums(parts, lambda sums: np.exp(np.minimum(sums[:, 0] / sums[:, 2], 700.0)))
+    accuracy = of_sums(parts, lambda sums: sums[:, 1] / sums[:, 2])
     return {
-        "perplexity": Metric(_exp(float(measured["loss"].sum() / tokens)), (_exp(low), _exp(high))),
-        "token_accuracy": Metric(correct / tokens, wilson(correct, tokens)),
+        "perplexity": perplexity._replace(interval=(_exp(low), _exp(high))),
+        "token_accuracy": accuracy._replace(interval=wilson(correct, tokens)),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 Interval = tuple[float, float]
@@ -62,6 +64,12 @@ def share(hits: npt.ArrayLike) -> Metric:
     return Metric(float(right.mean()) if len(right) else 0.0, wilson(int(right.sum()), len(right)), f"hits:{len(right)}:{bits}")
 
 
+def mean_of_units(sums: Tensor, counts: Tensor) -> Metric:
+    """sum(sums) / sum(counts), [rows] each: a loss over all units of the rows, with the interval of :func:`ratio`."""
+    parts = torch.stack([sums.double(), counts.double()], -1).numpy()
+    return of_sums(parts, lambda drawn: drawn[:, 0] / drawn[:, 1])._replace(interval=ratio(sums, counts))
+
+
 def of_sums(parts: npt.ArrayLike, figure: Callable[[Floats], Floats]) -> Metric:
     """A figure that depends on the rows only through sums over them, such as a quotient of two; its interval by bootstrap.
 
@@ -71,16 +79,13 @@ def of_sums(parts: npt.ArrayLike, figure: Callable[[Floats], Floats]) -> Metric:
     """
     numbers = np.asarray(parts, dtype=np.float64)
     rows = len(numbers)
-    value = float(figure(numbers.sum(0, keepdims=True))[0])
+    many = max(1, _CHUNK // max(1, rows))
+    draws = _draws(rows)
     drawn = []
-    times: list[npt.NDArray[np.int64]] = []
-    for chosen in _draws(rows):
-        times.append(np.bincount(chosen, minlength=rows))
-        if len(times) * rows >= _CHUNK:
-            drawn.append(figure(np.stack(times) @ numbers))
-            times = []
-    if times:
-        drawn.append(figure(np.stack(times) @ numbers))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = float(figure(numbers.sum(0, keepdims=True))[0])
+        while some := list(itertools.islice(draws, many)):
+            drawn.append(figure(np.stack([np.bincount(chosen, minlength=rows) for chosen in some]) @ numbers))
     return _metric(value, np.concatenate(drawn), rows)
 
 
@@ -91,11 +96,6 @@ def of_rows(figure: Callable[[npt.NDArray[np.int64]], float], rows: int) -> Metr
         figure: takes row numbers, with repeats; NaN where it is undefined.
     """
     return _metric(figure(np.arange(rows)), np.asarray([figure(chosen) for chosen in _draws(rows)]), rows)
-
-
-def bootstrap(figure: Callable[[npt.NDArray[np.int64]], float], rows: int) -> Interval | None:
-    """The interval alone; see :func:`of_rows`."""
-    return of_rows(figure, rows).interval
 
 
 def _draws(rows: int) -> Iterator[npt.NDArray[np.int64]]:

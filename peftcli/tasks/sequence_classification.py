@@ -20,7 +20,7 @@ from peftcli.methods.base import Loss
 from peftcli.recipe import tasks as options
 from peftcli.recipe.schema import DatasetSection
 from peftcli.tasks.base import Head, Layout, Measured, Metric, Task, TaskModule
-from peftcli.tasks.intervals import bootstrap, wilson
+from peftcli.tasks.intervals import of_rows, share
 
 _PROBLEMS = {
     "single_label": "single_label_classification",
@@ -167,55 +167,48 @@ def class_scores(found: Ints, wanted: Ints, *, classes: int) -> dict[str, Metric
     kind = "binary" if classes == 2 else "macro"
     known = list(range(classes))
 
-    def f1(rows: Ints | slice) -> float:
+    def f1(rows: Ints) -> float:
         labels = {} if kind == "binary" else {"labels": known}
         return float(f1_score(wanted[rows], found[rows], average=kind, zero_division=0.0, **labels))
 
-    def matthews(rows: Ints | slice) -> float:
+    def matthews(rows: Ints) -> float:
         return float(matthews_corrcoef(wanted[rows], found[rows]))
 
-    hits = int((found == wanted).sum())
-    figures = {"f1": f1, "matthews": matthews}
-    return {"accuracy": Metric(hits / len(wanted), wilson(hits, len(wanted))), **_resampled(figures, len(wanted))}
+    return {"accuracy": share(found == wanted), **_resampled({"f1": f1, "matthews": matthews}, len(wanted))}
 
 
 def label_scores(found: Bools, wanted: Bools) -> dict[str, Metric]:
     """Accuracy (every label of a row right), micro and macro F1. Arguments are [rows, labels]."""
     from sklearn.metrics import f1_score
 
-    hits = int((found == wanted).all(-1).sum())
-
-    def micro(rows: Ints | slice) -> float:
+    def micro(rows: Ints) -> float:
         return float(f1_score(wanted[rows], found[rows], average="micro", zero_division=0.0))
 
-    def macro(rows: Ints | slice) -> float:
+    def macro(rows: Ints) -> float:
         return float(f1_score(wanted[rows], found[rows], average="macro", zero_division=0.0))
 
-    return {
-        "accuracy": Metric(hits / len(wanted), wilson(hits, len(wanted))),
-        **_resampled({"f1_micro": micro, "f1": macro}, len(wanted)),
-    }
+    return {"accuracy": share((found == wanted).all(-1)), **_resampled({"f1_micro": micro, "f1": macro}, len(wanted))}
 
 
 def number_scores(found: Floats, wanted: Floats) -> dict[str, Metric]:
     """Pearson and Spearman correlation and the mean absolute error. Arguments are [rows]."""
     from scipy.stats import pearsonr, spearmanr
 
-    def correlation(measure: Callable[..., Any]) -> Callable[[Ints | slice], float]:
-        def figure(rows: Ints | slice) -> float:
+    def correlation(measure: Callable[..., Any]) -> Callable[[Ints], float]:
+        def figure(rows: Ints) -> float:
             one, two = found[rows], wanted[rows]
             return float(measure(one, two).statistic) if len(one) > 1 and np.ptp(one) and np.ptp(two) else float("nan")
 
         return figure
 
-    def distance(rows: Ints | slice) -> float:
+    def distance(rows: Ints) -> float:
         return float(np.abs(found[rows] - wanted[rows]).mean())
 
     figures = {"pearson": correlation(pearsonr), "spearman": correlation(spearmanr), "mean_absolute_error": distance}
     return _resampled(figures, len(wanted))
 
 
-def _resampled(figures: Mapping[str, Callable[[Ints | slice], float]], rows: int) -> dict[str, Metric]:
+def _resampled(figures: Mapping[str, Callable[[Ints], float]], rows: int) -> dict[str, Metric]:
     """Each figure of all rows with its bootstrap interval; one that is undefined is left out."""
-    values = {name: figure(slice(None)) for name, figure in figures.items()}
-    return {name: Metric(value, bootstrap(figures[name], rows)) for name, value in values.items() if np.isfinite(value)}
+    found = {name: of_rows(figure, rows) for name, figure in figures.items()}
+    return {name: metric for name, metric in found.items() if np.isfinite(metric.value)}

@@ -53,6 +53,7 @@ class Progress:
     evaluations_without_gain: int = 0
     window_loss: float = 0.0
     window_tokens: int = 0
+    window_parts: dict[str, float] = field(default_factory=dict)
     before: dict[str, Any] | None = None
     identity: dict[str, Any] = field(default_factory=dict)
 

@@ -32,6 +32,8 @@ from peftcli.train.memory import peak_memory
 from peftcli.train.optimizers import learning_rate_factor
 from peftcli.train.signals import Interrupted, StopRequest
 
+_Parts = dict[str, torch.Tensor]
+
 
 @dataclass
 class Loop:
@@ -85,11 +87,11 @@ class Loop:
                 for group, peak in zip(self.optimizer.param_groups, peak_lrs, strict=True):
                     group["lr"] = peak * factor
                 supervised = sum(self.split.units(row) for row in step.rows)
-                total, norm = self._step(step, supervised, progress)
+                total, parts, norm = self._step(step, supervised, progress)
                 progress.seconds += time.perf_counter() - clock
                 clock = time.perf_counter()
                 last = progress.step == self.total_steps
-                self._log(progress, total, norm, supervised, last)
+                self._log(progress, total, parts, norm, supervised, last)
                 improved = self._evaluate(progress) if self._due(self.settings.eval_steps, progress.step) and not last else False
                 patience = self.settings.early_stopping_patience
                 if patience is not None and progress.evaluations_without_gain >= patience:
@@ -108,13 +110,14 @@ class Loop:
                 progress.epoch, progress.position = progress.epoch + 1, 0
         return progress
 
-    def _step(self, step: StepPlan, supervised: int, progress: checkpoints.Progress) -> tuple[torch.Tensor, float]:
-        """One optimizer step; returns the summed loss of this process's tokens and the gradient's norm."""
+    def _step(self, step: StepPlan, supervised: int, progress: checkpoints.Progress) -> tuple[torch.Tensor, _Parts, float]:
+        """One optimizer step; returns the summed loss of this process's units, its further parts, and the gradient's norm."""
         accelerator, share = self.accelerator, step.shares[self.accelerator.process_index]
         rows = step.rows
         # DDP averages gradients over the processes; the factor turns its mean back into the sum.
         scale = accelerator.num_processes / max(1, supervised)
         total = torch.zeros((), device=accelerator.device, dtype=torch.float64)
+        parts: _Parts = {}
         for index, micro in enumerate(share):
             batch = self.task.batch(self.split, micro or step.rows[:1], self.layout, silent=not micro)
             final = index == len(share) - 1
@@ -122,6 +125,8 @@ class Loop:
                 loss = self.method.loss(self.module, batch)
                 accelerator.backward(loss.total * scale)
             total += loss.total.detach()
+            for name, value in loss.parts.items():
+                parts[name] = parts.get(name, 0.0) + value.detach().double()
         tick = Tick(progress.step + 1, self.total_steps, progress.epoch)
         self.method.before_step(self.model, tick)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -140,23 +145,30 @@ class Loop:
         progress.position += 1
         progress.tokens += sum(self.plan.lengths[row] for row in rows)
         progress.supervised_tokens += supervised
-        return total, norm
+        return total, parts, norm
 
-    def _log(self, progress: checkpoints.Progress, total: torch.Tensor, norm: float, supervised: int, last: bool) -> None:
+    def _log(
+        self, progress: checkpoints.Progress, total: torch.Tensor, parts: _Parts, norm: float, supervised: int, last: bool
+    ) -> None:
         due = self._due(self.settings.logging_steps, progress.step) or progress.step == 1 or last
         progress.window_tokens += supervised
         progress.window_loss += float(self.accelerator.reduce(total, reduction="sum"))
+        if parts:
+            for name, value in zip(parts, self.accelerator.reduce(torch.stack([*parts.values()]), reduction="sum").tolist(), strict=True):
+                progress.window_parts[name] = progress.window_parts.get(name, 0.0) + value
         self.display.advance(progress.step)
         if not due:
             return
         loss = progress.window_loss / max(1, progress.window_tokens)
         progress.loss_first = loss if progress.loss_first is None else progress.loss_first
         progress.loss_last = loss
-        progress.window_loss, progress.window_tokens = 0.0, 0
+        means = {name: value / max(1, progress.window_tokens) for name, value in progress.window_parts.items()}
+        progress.window_loss, progress.window_tokens, progress.window_parts = 0.0, 0, {}
         record = {
             "step": progress.step,
             "epoch": self._epochs(),
             "loss": loss,
+            **means,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "grad_norm": norm,
             "tokens": progress.tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -38,6 +39,14 @@ def build_optimizer(groups: list[dict[str, Any]], settings: TrainSection, device
         optimizer: torch.optim.Optimizer = quantization.optimizer_class(name)(groups, betas=betas, eps=epsilon)
         return optimizer
     raise AssertionError(name)
+
+
+def at_own_rate(groups: list[dict[str, Any]], parameters: Iterable[torch.nn.Parameter], rate: float) -> list[dict[str, Any]]:
+    """Parameter groups in which ``parameters`` learn at a peak rate of their own, in groups after the others."""
+    own = {id(parameter) for parameter in parameters}
+    others = [{**group, "params": [p for p in group["params"] if id(p) not in own]} for group in groups]
+    apart = [{**group, "params": [p for p in group["params"] if id(p) in own], "lr": rate} for group in groups]
+    return [group for group in (*others, *apart) if group["params"]]
 
 
 def warmup_steps(settings: TrainSection, total_steps: int) -> int:

@@ -95,7 +95,7 @@ def test_comparisons_keep_the_plain_numbers(report: Report) -> None:
     assert report.eval is not None
     assert found["exact_match"].after == report.eval.metrics["exact_match"]
     assert found["exact_match"].interval_after == (0.8299, 0.9661)
-    assert not found["exact_match"].overlaps
+    assert not found["exact_match"].doubtful
     assert found["loss"].tone == "good"
 
 
