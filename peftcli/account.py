@@ -13,6 +13,7 @@ from peftcli.evaluate import Scores
 from peftcli.model.load import Base
 from peftcli.recipe.schema import Recipe
 from peftcli.report import schema as rs
+from peftcli.report.gates import judge
 from peftcli.tasks.answers import judged
 from peftcli.train.checkpoint import Progress
 from peftcli.train.loop import Loop
@@ -31,14 +32,14 @@ def make_report(
     check: rs.LiveAdapterCheck | None = None,
     files: dict[str, str] | None = None,
 ) -> rs.Report:
-    """The report of a run that ended with ``status``.
+    """The report of a run that ended with ``status``, the recipe's gates judged.
 
     Args:
         after: metrics of the tuned model. ``check``: of the saved weights. ``files``: sha256 by relative path.
     """
     progress = loop.progress
     measured = progress.before is None or math.isfinite(progress.before["loss"])
-    return rs.Report(
+    report = rs.Report(
         status=status,
         error=error,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -64,6 +65,7 @@ def make_report(
         checks=rs.Checks(label_audit=data.audit.to_dict(), live_adapter=check),
         notes=[*data.audit.notes, *([] if measured else ["the base model's held-out loss is not a number"])],
     )
+    return report.model_copy(update={"gates": judge(recipe.expect, report)})
 
 
 def _model(recipe: Recipe, base: Base, loop: Loop) -> rs.ModelInfo:

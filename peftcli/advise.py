@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from peftcli.data.formats import detect
-from peftcli.data.sources import read_source
+from peftcli.data.sources import open_source, read_source
 from peftcli.errors import DataError, UsageError
 from peftcli.estimate import Estimate
 from peftcli.forecast import Forecast, forecast
@@ -95,7 +95,7 @@ def advise(model: str, data: str, output: Path, *, memory: int | None = None, me
 
 def _rows(data: str, base: Path, values: dict[str, Any], why: dict[str, str]) -> int:
     """The number of rows; chooses a format for columns that need one."""
-    rows = read_source(SourceSection.model_validate({"path": data}), base_dir=base, role="train").rows
+    rows = read_source(open_source(SourceSection.model_validate({"path": data}), base_dir=base, role="train")).rows
     columns = list(dict.fromkeys(name for row in rows for name in row.values))
     try:
         format = detect(columns, {}, data, CausalLMTask.formats)

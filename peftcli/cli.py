@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     epilog="Exit codes: 0 done, 1 unexpected error, 2 recipe or usage, 3 data, 4 model, 5 training, 6 out of memory, "
-    "7 checkpoint or adapter file, 8 failed check, 9 folder in use, 130/143 interrupted.",
+    "7 checkpoint or adapter file, 8 failed check, 9 folder in use, 10 failed gate, 11 not repeatable, 130/143 interrupted.",
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Write JSON for programs to standard output.")]
@@ -338,16 +338,19 @@ def chat(
 
 
 def _finish(report: Any, folder: Path, json: bool) -> None:
+    from peftcli.report.gates import refuse
+
     if json:
         from peftcli.report.write import report_text
 
         typer.echo(report_text(report), nl=False)
-        return
-    from rich.console import Console
+    else:
+        from rich.console import Console
 
-    from peftcli.report.console import print_summary
+        from peftcli.report.console import print_summary
 
-    print_summary(report, Console(), folder)
+        print_summary(report, Console(), folder)
+    refuse(report.gates)
 
 
 def _fail(error: PeftcliError) -> NoReturn:

@@ -11,7 +11,9 @@
     │   └── OutOfMemoryError     6   memory ran out; says what to change
     ├── CheckpointError          7   a checkpoint or adapter file that is missing, torn or does not fit
     ├── CheckFailed              8   a safety check failed after the work was done (merge parity, live adapter)
-    └── Busy                     9   another run holds the output folder
+    ├── Busy                     9   another run holds the output folder
+    ├── GateFailed              10   a gate of the recipe (`expect`) did not pass; the result is kept
+    └── NotRepeatable           11   what is there is not what was locked, or a repeated run parted from the first one's trace
 
 130 and 143 end a run that was interrupted or terminated. This module imports nothing of peftcli and no torch.
 """
@@ -138,6 +140,18 @@ class Busy(PeftcliError):
     """Another run holds the output folder."""
 
     exit_code = 9
+
+
+class GateFailed(PeftcliError):
+    """What the recipe expects of its run (``expect``) did not come true."""
+
+    exit_code = 10
+
+
+class NotRepeatable(PeftcliError):
+    """What is there is not what was locked, or a repeated run is not the run that was."""
+
+    exit_code = 11
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str | None:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from peftcli.data.batching import Plan
 from peftcli.data.prepare import Prepared
-from peftcli.data.splits import Split, TextSplit
+from peftcli.data.splits import Split
 from peftcli.kernels import attention
 from peftcli.methods.base import Context, Method
 from peftcli.methods.kinds import trains_base_weights
@@ -241,7 +241,7 @@ def _alive(
 ) -> tuple[int, int]:
     """(bytes alive, gradients among them not counted; gradients) at the peak of a pass over ``rows``, backward where gradients are on."""
     # Rows of text lie end to end wherever the model allows it; only a model with weights can tell.
-    batch = _fake(task.batch(split, rows, Layout(isinstance(split, TextSplit), 0)), mode)
+    batch = _fake(task.batch(split, rows, Layout(task.auto_model == CAUSAL_LM, 0)), mode)
     alive = _Alive({p.untyped_storage()._cdata for p in model.parameters()}, factor)
     with _hooks(model, alive), mode, alive:
         with torch.autocast("cpu", dtype=dtype, enabled=mixed):

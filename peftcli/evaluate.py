@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
+from torch import nn
 
 from peftcli.data.splits import Split
 from peftcli.errors import DataError
@@ -104,7 +105,7 @@ class Evaluator:
         module.eval()
         try:
             with torch.no_grad(), self._autocast():
-                measured = self._measure(module, rows, alone)
+                measured = self.task.together(self._measure(module, rows, alone))
                 answers = self._answers(module, max_new_tokens, limit) if generate else []
         finally:
             module.train(training)
@@ -126,6 +127,12 @@ class Evaluator:
             answers,
             {name: metric.paired for name, metric in known.items() if metric.paired is not None},
         )
+
+    def with_base(self, model: nn.Module) -> Split:
+        """The split with what the task compares its rows with: what ``model``, the base alone, makes of them."""
+        module = self.task.base_module(model).eval()
+        with torch.no_grad(), self._autocast():
+            return self.task.with_base(self.split, self._measure(module, None, False))
 
     def _measure(self, module: TaskModule, rows: int | None, alone: bool) -> Measured:
         """What the task measures of every row, in the split's order; each process measures its share."""

@@ -27,7 +27,21 @@ from peftcli.recipe.schema import Recipe
 from peftcli.report.schema import LiveAdapterCheck
 from peftcli.tasks.base import Task
 
-RESULTS = ("recipe.yaml", "adapter", "model", "metrics.jsonl", "report.json", "report.md", "report.html", "checkpoints", "trackers")
+RESULTS = (
+    "recipe.yaml",
+    "adapter",
+    "model",
+    "metrics.jsonl",
+    "report.json",
+    "report.md",
+    "report.html",
+    "report.junit.xml",
+    "eval.md",
+    "eval.junit.xml",
+    "recipe.lock",
+    "checkpoints",
+    "trackers",
+)
 
 
 class OutputFolder:

@@ -13,7 +13,7 @@ from peftcli.recipe.load import LoadedRecipe
 from peftcli.recipe.schema import Recipe
 
 # Settings that may change when a run is resumed: they do not influence the weights.
-_FREE = ("train.logging_steps", "train.save_steps", "train.save_total_limit", "train.report_to", "output_dir", "eval.")
+_FREE = ("train.logging_steps", "train.save_steps", "train.save_total_limit", "train.report_to", "output_dir", "eval.", "expect.")
 
 
 def make_plan(recipe: Recipe, data: Prepared, processes: int) -> Plan:

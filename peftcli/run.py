@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -101,6 +101,8 @@ class _Run:
         self.base = self._load()
         packed = self.task.packs(self.base.model, self.base.model.config.get_text_config().vocab_size, self._longest())
         self.layout = Layout(packed, self.base.tokenizer.pad_token_id, self.state.device)
+        if self.task.has_reference:
+            self.data = self._with_base()
         resumed = _find_checkpoint(self.folder, self.display) if self.options.resume else None
         before = None if resumed else self._measure_base()
         self._apply(resumed)
@@ -153,6 +155,17 @@ class _Run:
 
     def _longest(self) -> int:
         return max(max(split.lengths) for split in (self.data.train, self.data.eval) if split is not None)
+
+    def _with_base(self) -> Prepared:
+        """The rows with what the base alone makes of them."""
+        self.display.note("measuring the reference: the base model on all rows")
+        mixed = self._computes_mixed(self.base.model)
+        train, held_out = (
+            None if split is None else self._evaluator(split, mixed=mixed).with_base(self.base.model)
+            for split in (self.data.train, self.data.eval)
+        )
+        assert train is not None
+        return replace(self.data, train=train, eval=held_out)
 
     def _measure_base(self) -> Scores | None:
         if self.data.eval is None or not self.recipe.eval.before:

@@ -65,7 +65,7 @@ def test_every_artefact_is_listed_with_its_sha256(folder: Path, report: Report) 
 
 def test_the_resolved_recipe_has_every_default_and_runs_again(folder: Path) -> None:
     values = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    assert set(values) == {"base_model", "task", "method", "dataset", "train", "eval", "output_dir"}
+    assert set(values) == {"base_model", "task", "method", "dataset", "train", "eval", "expect", "output_dir"}
     assert values["base_model"]["dtype"] == "float32"
     assert values["train"]["adam_beta2"] == 0.999
     assert values["method"]["dropout"] == 0.1

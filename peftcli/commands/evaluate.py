@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +11,22 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
+from peftcli.account import eval_info
 from peftcli.commands.show import print_json
 from peftcli.data.prepare import prepare_eval
+from peftcli.data.splits import Split
 from peftcli.errors import UsageError
 from peftcli.evaluate import Evaluator, Scores
 from peftcli.methods.kinds import trains_base_weights
 from peftcli.recipe.schema import DatasetSection, EvalSection
 from peftcli.report.catalogue import FIGURES
+from peftcli.report.console import print_gates
+from peftcli.report.files import write_text_atomically
+from peftcli.report.gates import gate_cases, gate_table, judge_eval, junit, refuse
+from peftcli.report.markdown import cell
+from peftcli.report.schema import Gate
 from peftcli.report.text import metric, plural
-from peftcli.result import open_result
+from peftcli.result import Result, locate, open_result
 from peftcli.tasks.answers import judged
 from peftcli.tasks.base import Layout
 
@@ -35,7 +44,66 @@ def run(
     trust_remote_code: bool,
 ) -> None:
     """Evaluate and print; see the command's help for the arguments."""
-    result = open_result(path, base_model=base_model, dtype=dtype, quantization=quantization, trust_remote_code=trust_remote_code)
+    chosen: dict[str, Any] = {
+        "base_model": base_model,
+        "dtype": dtype,
+        "quantization": quantization,
+        "trust_remote_code": trust_remote_code,
+    }
+    split = None
+    if locate(path, base_model).task.has_reference:
+        bare = open_result(path, with_adapter=False, **chosen)
+        split = _evaluator(bare, _rows(bare, path, data, limit)).with_base(bare.model)
+        del bare  # one model at a time
+    result = open_result(path, **chosen)
+    recipe = result.recipe
+    split = split or _rows(result, path, data, limit)
+    settings = recipe.eval if recipe is not None else EvalSection()
+    wanted = settings.generate if generate is None else generate
+    evaluator = _evaluator(result, split)
+    scores = evaluator.scores(
+        result.task.module(result.model),
+        generate=wanted,
+        max_new_tokens=settings.max_new_tokens,
+        limit=settings.generate_limit,
+        metrics=settings.metrics,
+    )
+    examples = [
+        {"prompt": e.prompt, "reference": e.reference, "answer": a, "correct": judged(settings.metrics, a, e.reference)}
+        for e, a in zip(split.generation, scores.answers, strict=False)
+    ]
+    gates = judge_eval(recipe.expect, eval_info(asdict(scores))) if recipe is not None else []
+    if gates:
+        _write(result.weights.parent, gates, scores)
+    if json:
+        more = {"gates": [gate.model_dump() for gate in gates]} if gates else {}
+        print_json({**numbers(scores), "intervals": scores.intervals, "answers": examples, **more})
+    else:
+        _show(scores, examples[: settings.examples], gates, str(path))
+    refuse(gates)
+
+
+def _show(scores: Scores, examples: Sequence[dict[str, Any]], gates: Sequence[Gate], title: str) -> None:
+    console = Console()
+    console.print(table(scores, title))
+    for example in examples:
+        mark = "[green]✓[/]" if example["correct"] else "[red]✗[/]"
+        console.print(f"{mark} ", end="")
+        console.print(f"{example['prompt']}\n  expected {example['reference']}\n  answered {example['answer']}", markup=False)
+    print_gates(gates, console)
+
+
+def _write(folder: Path, gates: Sequence[Gate], scores: Scores) -> None:
+    """What CI shows: the gates as JUnit XML and as Markdown, beside the run's own."""
+    title = f"{folder.resolve().name}: eval"
+    write_text_atomically(folder / "eval.junit.xml", junit(title, list(gate_cases(gates)), scores.seconds))
+    figures = [f"- {name}: {metric(name, value)}" for name, value in scores.plain().items()]
+    heading = f"# {cell(title)}\n\n{plural(scores.rows, 'held-out row')}"
+    write_text_atomically(folder / "eval.md", "\n\n".join([heading, gate_table(gates), "\n".join(figures)]) + "\n")
+
+
+def _rows(result: Result, path: Path, data: list[str] | None, limit: int | None) -> Split:
+    """The held-out rows of the run, or those of the files that are named instead."""
     recipe = result.recipe
     section = recipe.dataset if recipe is not None else None
     if data:
@@ -45,40 +113,25 @@ def run(
         raise UsageError(f"{path} is an adapter without a recipe, so it has no held-out rows of its own", hint="name them: --data FILE")
     if limit is not None:
         section = section.model_copy(update={"eval_limit": limit})
-    base_dir = Path() if data else result.base_dir
     longest = result.base.max_positions if result.method is None else result.method.row_limit(result.base.max_positions)
     kind = result.task.rows(section, result.base.tokenizer)
-    split = prepare_eval(kind, base_dir=base_dir, seed=recipe.train.seed if recipe else 42, max_positions=longest)
-    settings = recipe.eval if recipe is not None else EvalSection()
-    wanted = settings.generate if generate is None else generate
+    base_dir = Path() if data else result.base_dir
+    return prepare_eval(kind, base_dir=base_dir, seed=recipe.train.seed if recipe else 42, max_positions=longest)
+
+
+def _evaluator(result: Result, split: Split) -> Evaluator:
+    settings = result.recipe.eval if result.recipe is not None else EvalSection()
     packed = result.task.packs(result.model, result.base.model.config.get_text_config().vocab_size, max(split.lengths))
     device = next(result.model.parameters()).device
-    mixed = str(result.base.dtype) == "torch.bfloat16" and trains_base_weights(result.model)
-    evaluator = Evaluator(
+    return Evaluator(
         PartialState(cpu=device.type == "cpu"),
         result.task,
         split,
         result.base.tokenizer,
         Layout(packed, result.base.tokenizer.pad_token_id, device),
         settings.batch_size,
-        mixed,
+        str(result.base.dtype) == "torch.bfloat16" and trains_base_weights(result.model),
     )
-    scores = evaluator.scores(
-        result.task.module(result.model), generate=wanted, max_new_tokens=settings.max_new_tokens, limit=settings.generate_limit
-    )
-    examples = [
-        {"prompt": e.prompt, "reference": e.reference, "answer": a, "correct": judged(settings.metrics, a, e.reference)}
-        for e, a in zip(split.generation, scores.answers, strict=False)
-    ]
-    if json:
-        print_json({**numbers(scores), "intervals": scores.intervals, "answers": examples})
-        return
-    console = Console()
-    console.print(table(scores, str(path)))
-    for example in examples[: settings.examples]:
-        mark = "[green]✓[/]" if example["correct"] else "[red]✗[/]"
-        console.print(f"{mark} ", end="")
-        console.print(f"{example['prompt']}\n  expected {example['reference']}\n  answered {example['answer']}", markup=False)
 
 
 def numbers(scores: Scores) -> dict[str, Any]:

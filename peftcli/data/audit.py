@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -34,6 +34,9 @@ class Audit(ABC):
         notes: what a user should know.
         example: one row as (text, supervised) runs.
         example_origin: its place.
+        skipped: faulty rows that were left out, held-out ones too (``dataset.on_error: skip``).
+        duplicates: training rows that repeat an earlier one exactly, before weights and ``limit``.
+        leaked_rows, leaked_inputs: held-out rows that stand among the training rows, whole or with their prompt or text alone.
     """
 
     rows: int
@@ -43,6 +46,10 @@ class Audit(ABC):
     notes: tuple[str, ...]
     example: tuple[tuple[str, bool], ...]
     example_origin: str
+    skipped: int = 0
+    duplicates: int = 0
+    leaked_rows: int = 0
+    leaked_inputs: int = 0
 
     @property
     @abstractmethod
@@ -89,6 +96,44 @@ class TextAudit(Audit):
         return f"{self.supervised_tokens:,} of {self.tokens:,} tokens carry loss ({_percent(self.supervised_share)})"
 
 
+class RowFacts(NamedTuple):
+    """What the audit finds in one row: whether a BOS opens it, whether its end was not cut off, and is learned if so."""
+
+    bos: bool
+    complete: bool
+    ended: bool
+
+
+class TextCounts(NamedTuple):
+    """Sums over the rows of a split, as :class:`TextAudit` has them."""
+
+    rows: int
+    tokens: int
+    supervised: int
+    bos_rows: int
+    complete: int
+    ended: int
+
+
+def inspect_row(row: Encoded, tokenizer: Any, train_on: Literal["completions", "all"]) -> RowFacts:
+    """Check one row.
+
+    Raises:
+        DataError: its prompt is supervised although only completions should be; it starts with two BOS.
+    """
+    bos = tokenizer.bos_token_id
+    opened = bos is not None and row.has_start and int(row.input_ids[0]) == bos
+    if opened and len(row.input_ids) > 1 and row.input_ids[1] == bos:
+        raise DataError(
+            f"label audit: {row.origin} starts with two BOS tokens ({tokenizer.bos_token!r})",
+            hint="take the BOS out of the chat template or of the data",
+        )
+    whole_prompt = len(row.prompt_ids) if row.has_start and not row.truncated else 0
+    if train_on == "completions" and whole_prompt > 1 and row.supervised[1:].all():
+        raise DataError(f"label audit: every token of {row.origin} carries loss, its prompt of {whole_prompt} tokens too")
+    return RowFacts(opened, row.has_end, row.has_end and _end_supervised(row, tokenizer))
+
+
 def audit_rows(
     rows: Sequence[Encoded],
     tokenizer: Any,
@@ -109,40 +154,43 @@ def audit_rows(
         DataError: nothing is supervised; prompts are supervised although only completions should be; a row starts with
             two BOS; a complete row's end carries no loss.
     """
-    tokens = sum(len(row.input_ids) for row in rows)
-    supervised = sum(int(row.supervised.sum()) for row in rows)
-    if not supervised:
-        raise DataError(
-            f"label audit: none of {tokens} tokens in {len(rows)} rows carries loss", hint="see one row with: peftcli check RECIPE"
-        )
-    bos = tokenizer.bos_token_id
-    complete = ended = bos_rows = 0
-    for row in rows:
-        if bos is not None and row.has_start and row.input_ids[0] == bos:
-            bos_rows += 1
-            if len(row.input_ids) > 1 and row.input_ids[1] == bos:
-                raise DataError(
-                    f"label audit: {row.origin} starts with two BOS tokens ({tokenizer.bos_token!r})",
-                    hint="take the BOS out of the chat template or of the data",
-                )
-        whole_prompt = len(row.prompt_ids) if row.has_start and not row.truncated else 0
-        if train_on == "completions" and whole_prompt > 1 and row.supervised[1:].all():
-            raise DataError(f"label audit: every token of {row.origin} carries loss, its prompt of {whole_prompt} tokens too")
-        if row.has_end:
-            complete += 1
-            ended += _end_supervised(row, tokenizer)
-    if ended < complete:
-        raise DataError(f"label audit: the end of the answer carries no loss in {complete - ended} of {complete} complete rows")
+    tokens, supervised = sum(len(row.input_ids) for row in rows), sum(int(row.supervised.sum()) for row in rows)
+    _something(supervised, tokens, len(rows))
+    facts = [inspect_row(row, tokenizer, train_on) for row in rows]
+    counts = TextCounts(len(rows), tokens, supervised, *map(sum, zip(*facts, strict=True)))
     example = next((row for row in rows if row.has_start and not row.truncated), rows[0])
+    return audit_counts(counts, example, tokenizer, train_on=train_on, truncated=truncated, dropped=dropped, notes=notes)
+
+
+def audit_counts(
+    counts: TextCounts,
+    example: Encoded,
+    tokenizer: Any,
+    *,
+    train_on: Literal["completions", "all"],
+    truncated: int,
+    dropped: int,
+    notes: Sequence[str],
+) -> TextAudit:
+    """The audit of a split whose rows were inspected one by one.
+
+    Raises:
+        DataError: nothing is supervised; a complete row's end carries no loss.
+    """
+    _something(counts.supervised, counts.tokens, counts.rows)
+    if counts.ended < counts.complete:
+        raise DataError(
+            f"label audit: the end of the answer carries no loss in {counts.complete - counts.ended} of {counts.complete} complete rows"
+        )
     return TextAudit(
-        rows=len(rows),
-        tokens=tokens,
-        supervised_tokens=supervised,
-        prompt_tokens=tokens - supervised,
-        supervised_share=supervised / tokens,
-        complete_rows=complete,
-        eos_supervised=ended,
-        bos_rows=bos_rows,
+        rows=counts.rows,
+        tokens=counts.tokens,
+        supervised_tokens=counts.supervised,
+        prompt_tokens=counts.tokens - counts.supervised,
+        supervised_share=counts.supervised / counts.tokens,
+        complete_rows=counts.complete,
+        eos_supervised=counts.ended,
+        bos_rows=counts.bos_rows,
         truncated=truncated,
         dropped=dropped,
         train_on=train_on,
@@ -150,6 +198,11 @@ def audit_rows(
         example=tuple(runs(example, tokenizer)),
         example_origin=example.origin,
     )
+
+
+def _something(supervised: int, tokens: int, rows: int) -> None:
+    if not supervised:
+        raise DataError(f"label audit: none of {tokens} tokens in {rows} rows carries loss", hint="see one row with: peftcli check RECIPE")
 
 
 def end_token(row: Encoded) -> int | None:

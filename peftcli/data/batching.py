@@ -7,8 +7,12 @@ how a step's rows are shared among them, and nothing is consumed from a random s
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import overload
 
 import numpy as np
 import torch
@@ -124,6 +128,50 @@ class StepPlan:
         return [row for share in self.shares for micro in share for row in micro]
 
 
+class Epoch(Sequence[StepPlan]):
+    """The steps of one epoch, each made when it is asked for: an epoch of a million rows takes some ten megabytes.
+
+    Args:
+        order: row numbers in the order of the epoch.
+        ends: where each micro batch ends in it.
+        accumulation, processes: micro steps and processes of a step.
+        visits: the steps in another order than the rows'.
+    """
+
+    def __init__(
+        self, order: NDArray[np.int64], ends: NDArray[np.int64], accumulation: int, processes: int, visits: NDArray[np.int64] | None
+    ) -> None:
+        self._order, self._ends, self._window, self._processes, self._visits = order, ends, accumulation * processes, processes, visits
+
+    def __len__(self) -> int:
+        return -(-len(self._ends) // self._window)
+
+    @overload
+    def __getitem__(self, index: int) -> StepPlan: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[StepPlan]: ...
+    def __getitem__(self, index: int | slice) -> StepPlan | Sequence[StepPlan]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        return self._step(place if self._visits is None else int(self._visits[place]))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Epoch) and len(self) == len(other) and all(map(operator.eq, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _step(self, number: int) -> StepPlan:
+        """Micro batches go round the processes, so that two processes take the rows that one would take with twice the batch."""
+        ends = self._ends[number * self._window : (number + 1) * self._window].tolist()
+        start = int(self._ends[number * self._window - 1]) if number else 0
+        rows = self._order[start : ends[-1]].tolist()
+        micros = [tuple(rows[first - start : end - start]) for first, end in pairwise((start, *ends))]
+        deepest = -(-len(micros) // self._processes)
+        shares = (micros[process :: self._processes] for process in range(self._processes))
+        return StepPlan(tuple((*share, *((),) * (deepest - len(share))) for share in shares))
+
+
 @dataclass(frozen=True)
 class Plan:
     """The whole run's order.
@@ -136,7 +184,7 @@ class Plan:
         group_by_length: rows of similar length share a step.
     """
 
-    lengths: tuple[int, ...]
+    lengths: Sequence[int]
     batch_size: int | None
     batch_tokens: int | None
     accumulation: int
@@ -152,16 +200,15 @@ class Plan:
                 hint="raise train.batch_tokens or lower dataset.max_length.",
             )
 
-    def epoch(self, epoch: int) -> list[StepPlan]:
+    def epoch(self, epoch: int) -> Epoch:
         """The steps of epoch ``epoch`` (0-based): every row exactly once."""
         order = self._order(epoch)
-        micros = self._micros(order)
-        window = self.accumulation * self.processes
-        steps = [self._share(micros[start : start + window]) for start in range(0, len(micros), window)]
+        ends = self._micro_ends(order)
+        visits = None
         if self.group_by_length and self.shuffle:
             # Sorting put the long steps together; visit them in a random order.
-            steps = [steps[i] for i in self._random(epoch, 1).permutation(len(steps))]
-        return steps
+            visits = self._random(epoch, 1).permutation(-(-len(ends) // (self.accumulation * self.processes)))
+        return Epoch(order, ends, self.accumulation, self.processes, visits)
 
     def digest(self, epochs: int) -> str:
         """sha256 of the order of the first ``epochs`` epochs."""
@@ -174,43 +221,33 @@ class Plan:
     def _random(self, epoch: int, stream: int) -> np.random.Generator:
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, epoch, stream])))
 
-    def _order(self, epoch: int) -> list[int]:
+    @cached_property
+    def _lengths(self) -> NDArray[np.int64]:
+        return np.asarray(self.lengths, dtype=np.int64)
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
         count = len(self.lengths)
         order = self._random(epoch, 0).permutation(count) if self.shuffle else np.arange(count)
         if self.group_by_length:
             # Rows are sorted within large blocks only, so that epochs still differ in who meets whom.
             block = (
                 50
-                * (self.batch_size or max(1, (self.batch_tokens or 1) // (sum(self.lengths) // count + 1)))
+                * (self.batch_size or max(1, (self.batch_tokens or 1) // (int(self._lengths.sum()) // count + 1)))
                 * self.accumulation
                 * self.processes
             )
-            lengths = np.asarray(self.lengths)
-            parts = [part[np.argsort(-lengths[part], kind="stable")] for part in np.split(order, range(block, count, block))]
+            parts = [part[np.argsort(-self._lengths[part], kind="stable")] for part in np.split(order, range(block, count, block))]
             order = np.concatenate(parts)
-        return [int(i) for i in order]
+        return order
 
-    def _micros(self, order: list[int]) -> list[tuple[int, ...]]:
+    def _micro_ends(self, order: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where each micro batch ends in the order: after ``batch_size`` rows, or before the row that no longer fits."""
+        count = len(order)
         if self.batch_size is not None:
-            return [tuple(order[i : i + self.batch_size]) for i in range(0, len(order), self.batch_size)]
-        limit = self.batch_tokens or 0
-        micros: list[tuple[int, ...]] = []
-        current: list[int] = []
-        used = 0
-        for row in order:
-            if current and used + self.lengths[row] > limit:
-                micros.append(tuple(current))
-                current, used = [], 0
-            current.append(row)
-            used += self.lengths[row]
-        if current:
-            micros.append(tuple(current))
-        return micros
-
-    def _share(self, micros: list[tuple[int, ...]]) -> StepPlan:
-        """Micro batches go round the processes, so that two processes take the rows that one would take with twice the batch."""
-        shares: list[list[tuple[int, ...]]] = [[] for _ in range(self.processes)]
-        for index, micro in enumerate(micros):
-            shares[index % self.processes].append(micro)
-        deepest = max(len(share) for share in shares)
-        return StepPlan(tuple(tuple(share) + ((),) * (deepest - len(share)) for share in shares))
+            return np.minimum(np.arange(1, -(-count // self.batch_size) + 1) * self.batch_size, count)
+        through = np.cumsum(self._lengths[order])
+        ends: list[int] = []
+        while not ends or ends[-1] < count:
+            used = int(through[ends[-1] - 1]) if ends else 0
+            ends.append(int(np.searchsorted(through, used + (self.batch_tokens or 0), side="right")))
+        return np.asarray(ends)

@@ -10,6 +10,7 @@ format                    columns (optional ones in brackets)           becomes
 ``text``                  text                                          document
 ``classification``        text, label [text_pair]                       labelled text
 ``text_to_text``          source, target                                raw text
+``tagging``               tokens, tags                                  words with a tag for each
 ``preference``            prompt, chosen, rejected [tools margin]       two answers: raw texts for strings, else messages
 ``preference_sharegpt``   conversations, chosen, rejected [system ...]  two answers to the conversation so far
 ``preference_alpaca``     instruction, chosen, rejected [input ...]     two answers, each as ``alpaca`` has one
@@ -36,6 +37,7 @@ from peftcli.data.messages import EmptyAnswer, RowFault, read_messages, read_tex
 from peftcli.data.neutral import Completion, Conversation, Document, Item, Labelled, Message
 from peftcli.data.preference_formats import pair_of, read_judged, read_pair
 from peftcli.data.readers import Row
+from peftcli.data.tagged_format import read_tagged
 from peftcli.errors import DataError, nearest
 
 # In the order of preference when the columns fit several.
@@ -47,6 +49,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "classification": ("text", "label"),
     "text_to_text": ("source", "target"),
+    "tagging": ("tokens", "tags"),
     "preference": ("prompt", "chosen", "rejected"),
     "preference_sharegpt": ("conversations", "chosen", "rejected"),
     "preference_alpaca": ("instruction", "chosen", "rejected"),
@@ -62,6 +65,7 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "text": (),
     "classification": ("text_pair",),
     "text_to_text": (),
+    "tagging": (),
     "preference": ("tools", "margin"),
     "preference_sharegpt": ("system", "tools", "margin"),
     "preference_alpaca": ("input", "system", "margin"),
@@ -204,6 +208,8 @@ class Converter:
                 return self._labelled(row, values)
             case "text_to_text":
                 return self._text_to_text(row, values)
+            case "tagging":
+                return read_tagged(values, self._theirs, row.origin)
             case "kto" | "kto_messages":
                 return read_judged(self.format, values, self._theirs, self.system, row.origin)
             case "preference" | "preference_sharegpt" | "preference_implicit":
@@ -309,8 +315,11 @@ class Converter:
         return Completion(f"{system}\n\n{text}" if system else text, output, row.origin, request)
 
 
-def convert_rows(rows: Iterable[Row], converter: Converter) -> tuple[list[Item], list[tuple[str, str]]]:
+def convert_rows(rows: Iterable[Row], converter: Converter, faults: Faults | None = None) -> tuple[list[Item], list[tuple[str, str]]]:
     """Convert every row of a source.
+
+    Args:
+        faults: where faulty rows are noted.
 
     Returns:
         The items, and (origin, column) of each row that is well formed but has an empty answer.
@@ -320,12 +329,12 @@ def convert_rows(rows: Iterable[Row], converter: Converter) -> tuple[list[Item],
     """
     items: list[Item] = []
     empty: list[tuple[str, str]] = []
-    faults = Faults()
+    faults = faults or Faults()
     for row in rows:
         try:
             items.append(converter.convert(row))
         except RowFault as fault:
-            faults.add(f"{row.origin}: {fault}", hint=fault.hint)
+            faults.add(str(fault), at=row.origin, hint=fault.hint)
         except EmptyAnswer as answer:
             empty.append((row.origin, str(answer)))
     faults.raise_if_any()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from peftcli.data.audit import Audit
+from peftcli.data.faults import Faults, Skipped
 from peftcli.data.neutral import Item
+from peftcli.data.sampling import Places
 from peftcli.data.splits import Split
+from peftcli.data.stream import StoredRows
 from peftcli.recipe.schema import DatasetSection
 
 F = TypeVar("F")
@@ -23,13 +26,21 @@ class RowKind(ABC, Generic[F]):
         formats: the dataset formats that it takes.
         plain: nothing is put around the texts of a row, neither a chat template nor a prompt text.
         config, tokenizer: of the run.
+        streams: rows may lie in stores on disk; :meth:`stored` makes a split of them.
+        skipped: faulty rows that were left out.
     """
 
     formats: tuple[str, ...]
     plain: bool = False
+    streams: bool = False
 
     def __init__(self, config: DatasetSection, tokenizer: Any) -> None:
         self.config, self.tokenizer = config, tokenizer
+        self.skipped: list[Skipped] = []
+
+    def faults(self) -> Faults:
+        """Where faulty rows are noted: they end the run, or are left out as ``dataset.on_error`` says."""
+        return Faults(skip=self.config.on_error == "skip", skipped=self.skipped)
 
     def begin(self, base_dir: Path) -> list[str]:
         """Make the tokenizer ready for training; notes for the user."""
@@ -57,3 +68,14 @@ class RowKind(ABC, Generic[F]):
     @abstractmethod
     def split(self, fitted: F, empty: Sequence[str], *, held_out: bool) -> Split:
         """The rows as the loop and the evaluation take them."""
+
+    def stored(
+        self, pools: Sequence[StoredRows], chosen: Sequence[Places], *, max_length: int, notes: list[str]
+    ) -> tuple[Split, Callable[[], Audit]]:
+        """For a kind that ``streams``: the training split of the chosen rows of each source, and its audit, to be made once the
+        ``notes`` are complete.
+
+        Raises:
+            DataError: truncation leaves nothing.
+        """
+        raise NotImplementedError

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 
@@ -104,8 +103,17 @@ class Judged:
     tools: list[dict[str, Any]] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Tagged:
+    """Words and as many tags."""
+
+    tokens: tuple[str, ...]
+    tags: tuple[str, ...]
+    origin: str
+
+
 TextItem = Conversation | Completion | Document
-Item = TextItem | Labelled | Preference | Judged
+Item = TextItem | Labelled | Preference | Judged | Tagged
 
 
 def answered(prompt: str | list[Message], answer: str | list[Message], origin: str, tools: list[dict[str, Any]] | None) -> TextItem:
@@ -124,8 +132,34 @@ def is_rendered(item: Item) -> bool:
     return isinstance(item, Conversation)
 
 
-def digest(item: Item) -> bytes:
-    """A key of the content, without the origin: equal for exact duplicates."""
-    values = asdict(item)
-    del values["origin"]
-    return hashlib.blake2b(json.dumps(values, sort_keys=True, default=str).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def keys(item: Item) -> tuple[int, int]:
+    """Two 64-bit keys: of the whole content without the origin, equal for exact duplicates; and of what is asked, equal for rows
+    with the same prompt or text whatever their answer, 0 where a row asks nothing."""
+    content = [type(item).__name__, *(getattr(item, field.name) for field in fields(item) if field.name not in ("origin", "request"))]
+    asked = _asked(item)
+    return _key(content), _key(asked) if asked else 0
+
+
+def _asked(item: Item) -> Any:
+    match item:
+        case Conversation():
+            last = max((place for place, message in enumerate(item.messages) if message.role == "assistant"), default=0)
+            said = [(message.role, message.content, message.tool_calls, message.reasoning) for message in item.messages[:last]]
+            return [said, item.tools] if said else None
+        case Completion() | Preference() | Judged():
+            return [item.prompt] if item.prompt else None
+        case Labelled():
+            return [item.text, item.text_pair]
+        case Tagged():
+            return [item.tokens]
+    return None
+
+
+def _key(value: Any) -> int:
+    # 64 bits: among ten million rows two different ones share a key with a probability of 3e-6.
+    return int.from_bytes(hashlib.blake2b(repr(value).encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little") or 1
+
+
+def digest(item: Item) -> int:
+    """A key of the content, without the origin: equal for exact duplicates. (Until ``prepare`` uses :func:`keys`.)"""
+    return keys(item)[0]

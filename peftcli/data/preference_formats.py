@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from peftcli.data.messages import EmptyAnswer, RowFault, read_messages, read_text, read_tools
-from peftcli.data.neutral import Completion, Conversation, Judged, Message, Preference, TextItem
+from peftcli.data.neutral import Completion, Conversation, Item, Judged, Message, Preference
 
 _TRUE, _FALSE = ("true", "1", 1), ("false", "0", 0)
 
@@ -65,7 +65,7 @@ def read_judged(format: str, values: Mapping[str, Any], theirs: Callable[[str], 
     return Judged(_with_system(messages[:-1], values, theirs, system), messages[-1:], desirable, origin, tools)
 
 
-def pair_of(chosen: TextItem, rejected: TextItem, margin: Any, column: str) -> Preference:
+def pair_of(chosen: Item, rejected: Item, margin: Any, column: str) -> Preference:
     """Two items that end with different answers to one prompt, as one."""
     number = _margin(margin, column)
     if isinstance(chosen, Conversation) and isinstance(rejected, Conversation):
@@ -100,9 +100,7 @@ def _check_answer(messages: Sequence[Message], column: str) -> None:
         raise RowFault(f"{column}: every turn of the assistant has weight 0, so there is nothing to learn")
 
 
-def _with_system(
-    prompt: list[Message], values: Mapping[str, Any], theirs: Callable[[str], str], system: str | None
-) -> list[Message]:
+def _with_system(prompt: list[Message], values: Mapping[str, Any], theirs: Callable[[str], str], system: str | None) -> list[Message]:
     own = values.get("system")
     text = system if own is None or own == "" else read_text(own, theirs("system"))
     return [Message("system", text), *prompt] if text and prompt[0].role not in ("system", "developer") else prompt

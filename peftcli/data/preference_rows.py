@@ -109,7 +109,7 @@ class Fitted(Generic[J]):
 class _TwoRows(RowKind[Fitted[J]]):
     """What both kinds share: tokenizing, fitting, counting."""
 
-    item: ClassVar[type[Preference] | type[Judged]]
+    item: ClassVar[type[Preference | Judged]]
 
     def begin(self, base_dir: Path) -> list[str]:
         if self.config.truncation == "split":

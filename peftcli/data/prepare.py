@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from peftcli.data.audit import Audit
+from peftcli.data.faults import Faults, Skipped
 from peftcli.data.formats import Converter, check_format, check_mapping, convert_rows, detect
 from peftcli.data.kinds import RowKind
-from peftcli.data.neutral import Item, digest, is_rendered
-from peftcli.data.sampling import choose, weigh
-from peftcli.data.sources import Role, read_source
+from peftcli.data.neutral import Item, is_rendered, keys
+from peftcli.data.readers import Reading
+from peftcli.data.sampling import Keys, Places, hold_out, repeats, weigh
+from peftcli.data.sources import FileSource, Role, Source, open_source, read_source, stop_at
 from peftcli.data.splits import GenerationExample, Split, SplitCounts
+from peftcli.data.stream import Job, StoredRows, store_rows
 from peftcli.data.templates import has_template
 from peftcli.errors import DataError
 from peftcli.recipe.schema import DatasetSection, SourceSection
@@ -23,53 +29,115 @@ __all__ = ["GenerationExample", "Prepared", "Split", "SplitCounts", "prepare", "
 
 @dataclass(frozen=True)
 class Prepared:
-    """All data of a run. ``files`` are (path as the recipe has it, sha256) of every data file read."""
+    """All data of a run.
+
+    Attributes:
+        files: (path as the recipe has it, sha256) of every data file read.
+        skipped: faulty rows that were left out, where ``dataset.on_error`` says so.
+    """
 
     train: Split
     eval: Split | None
     audit: Audit
     files: list[tuple[str, str]]
+    skipped: list[Skipped]
 
 
-@dataclass(frozen=True)
+# Above this size rows are read as a stream unless the recipe says otherwise; a row in memory takes several times its bytes.
+_STREAM_FROM = 64_000_000
+_LOOKED_AT = 1000
+
+
 class _Loaded:
-    """Converted rows of one source: items, places of rows with an empty answer, files and notes."""
+    """Converted rows of one source, in memory; :class:`StoredRows` are the same on disk.
 
-    items: list[Item]
-    empty: list[str]
-    weight: float
+    Attributes:
+        left_out: places of rows with an empty answer, and of faulty ones. ``weight``: of the source.
+        keys, inputs: see :func:`peftcli.data.neutral.keys`.
+    """
+
+    def __init__(self, rows: list[Item], left_out: list[str], weight: float) -> None:
+        self.rows, self.left_out, self.weight = rows, left_out, weight
+        both = np.array([keys(item) for item in rows], np.uint64).reshape(-1, 2)
+        self.keys, self.inputs = both[:, 0], both[:, 1]
+
+    def items(self, places: Places) -> list[Item]:
+        return [self.rows[place] for place in places]
+
+
+_Pool = _Loaded | StoredRows
 
 
 class _Loader:
     """Reads sources of a section and collects what they have in common: files and notes."""
 
-    def __init__(self, kind: RowKind[Any], base_dir: Path) -> None:
-        self.config, self.tokenizer, self.formats, self.base_dir = kind.config, kind.tokenizer, kind.formats, base_dir
-        self.plain = kind.plain
+    def __init__(self, kind: RowKind[Any], base_dir: Path, max_positions: int | None) -> None:
+        self.kind, self.config, self.tokenizer, self.base_dir = kind, kind.config, kind.tokenizer, base_dir
         self.files: list[tuple[str, str]] = []
         self.notes: list[str] = []
+        self.limit = self.max_length(max_positions)
 
-    def load(self, source: SourceSection, role: Role, limit: int | None) -> _Loaded:
-        read = read_source(source, base_dir=self.base_dir, role=role, limit=limit)
-        self.files.extend(entry for entry in read.files if entry not in self.files)
+    def load(self, source: SourceSection, role: Role, limit: int | None, opened: Source | None = None) -> _Loaded:
+        """Rows in memory. ``opened``: the source, where it was found before."""
+        before = len(self.kind.skipped)
+        opened = opened or open_source(source, base_dir=self.base_dir, role=role)
+        read = read_source(opened, stop_at(source, limit), skip=self.config.on_error == "skip")
+        self.kind.skipped.extend(read.skipped)
         self.notes.extend(read.notes)
+        converter = self._converter(source, list(dict.fromkeys(name for row in read.rows for name in row.values)))
+        items, empty = convert_rows(read.rows, converter, self.kind.faults())
+        self._tell(source, converter, read.files, [origin for origin, _ in empty], any(map(is_rendered, items)))
+        faulty = [skipped.origin for skipped in self.kind.skipped[before:]]
+        return _Loaded(items, [*(origin for origin, _ in empty), *faulty], source.weight)
+
+    def store(self, source: SourceSection, opened: Source, limit: int | None) -> StoredRows:
+        """Rows on disk."""
+        config, faults = self.config, self.kind.faults()
+        self.notes.extend(opened.notes)
+        first = list(islice(opened.rows(Faults(skip=True), []), _LOOKED_AT))
+        named = list(dict.fromkeys(name for row in first for name in row.values))
+        converter = self._converter(source, named, whole=False) if first else Converter("text", {}, chat=False)
+        reading = opened.reading if isinstance(opened, FileSource) else Reading()
+        job = Job(self.tokenizer, reading, converter, config.train_on, self.limit, config.truncation)
+        stop = stop_at(source, limit)
+        stored = store_rows(opened, job, stop=stop, faults=faults, processes=config.num_proc, weight=source.weight)
+        facts = stored.store.facts
+        check_mapping(converter.mapping, facts["columns"], source.path)
+        self._tell(source, converter, [(path, digest) for path, digest in facts["files"]], stored.empty, facts["rendered"])
+        if stored.again:
+            self.notes.append(f"{source.path}: the tokens were taken from the cache ({stored.store.folder.name})")
+        return stored
+
+    def large(self, opened: Sequence[Source]) -> bool:
+        """Whether the training rows are to be read as a stream."""
+        if not self.kind.streams:
+            return False
+        if self.config.streaming is not None:
+            return self.config.streaming
+        return sum(source.size or 0 for source in opened) >= _STREAM_FROM
+
+    def _converter(self, source: SourceSection, columns: list[str], *, whole: bool = True) -> Converter:
+        """How the rows of a source are read. ``columns``: those of all rows, or, unless ``whole``, of the first ones."""
         mapping = self.config.columns if source.columns is None else source.columns
-        columns = list(dict.fromkeys(name for row in read.rows for name in row.values))
-        check_mapping(mapping, columns, source.path)
+        if whole:
+            check_mapping(mapping, columns, source.path)
         named = source.format or self.config.format
-        format = detect(columns, mapping, source.path, self.formats) if named == "auto" else named
+        format = detect(columns, mapping, source.path, self.kind.formats) if named == "auto" else named
         check_format(mapping, format)
-        chat = has_template(self.tokenizer) and not self.plain
-        items, empty = convert_rows(read.rows, Converter(format, mapping, chat=chat, system=self.config.system, plain=self.plain))
+        chat = has_template(self.tokenizer) and not self.kind.plain
+        return Converter(format, mapping, chat=chat, system=self.config.system, plain=self.kind.plain)
+
+    def _tell(self, source: SourceSection, converter: Converter, files: list[tuple[str, str]], empty: list[str], rendered: bool) -> None:
+        self.files.extend(entry for entry in files if entry not in self.files)
         if empty:
-            first = ", ".join(origin for origin, _ in empty[:3]) + (", ..." if len(empty) > 3 else "")
+            first = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
             self.notes.append(f"{source.path}: dropped {len(empty)} rows whose answer is empty ({first})")
         # Without a template an alpaca row's system prompt stands in its text.
-        idle = ("chat_template",) if self.plain and format == "alpaca" else ("chat_template", "system")
+        plain, format = self.kind.plain, converter.format
+        idle = ("chat_template",) if plain and format == "alpaca" else ("chat_template", "system")
         unused = [f"dataset.{name}" for name in idle if getattr(self.config, name)]
-        if unused and not any(map(is_rendered, items)) and (format != "alpaca" or self.plain):
+        if unused and not rendered and (format != "alpaca" or plain):
             self.notes.append(f"{source.path}: the rows are raw text ({format}), so {' and '.join(unused)} has no influence on them")
-        return _Loaded(items, [origin for origin, _ in empty], source.weight)
 
     def max_length(self, max_positions: int | None) -> int:
         if max_positions is None or self.config.max_length <= max_positions:
@@ -94,24 +162,50 @@ def prepare(kind: RowKind[Any], *, base_dir: Path, seed: int, max_positions: int
         DataError: a fault in the data, or the label audit refuses.
     """
     notes = kind.begin(base_dir)
-    loader = _Loader(kind, base_dir)
-    loader.notes.extend(notes)
-    max_length = loader.max_length(max_positions)
-    train, held_out, dropped, eval_dropped = _rows(kind.config, loader, seed)
-    _some(train, "training")
-    kind.learn(train)
-    fitted = kind.encode(train, max_length=max_length, held_out=False, notes=loader.notes)
+    loader = _Loader(kind, base_dir, max_positions)
+    loader.notes[:0] = notes
+    rows = _divide(kind.config, loader, seed)
+    if not sum(map(len, rows.chosen)):
+        raise _none_left("training", kind)
+    train, make_audit = _training(kind, rows, loader)
     evaluation: Split | None = None
-    if held_out is not None:
-        eval_fitted = kind.encode(_some(held_out, "held-out"), max_length=max_length, held_out=True, notes=loader.notes)
-        known = {digest(item) for item in train}
-        both = sum(digest(item) in known for item in held_out)
-        if both:
-            loader.notes.append(f"{both} of {len(held_out)} held-out rows stand in the training rows as well, word for word")
-        kind.audit(eval_fitted, eval_dropped, ())
-        evaluation = kind.split(eval_fitted, eval_dropped, held_out=True)
-    audit = kind.audit(fitted, dropped, loader.notes)
-    return Prepared(kind.split(fitted, dropped, held_out=False), evaluation, audit, loader.files)
+    facts = {"duplicates": rows.duplicates}
+    if rows.held_out is not None:
+        eval_fitted = _encode_held_out(kind, rows.held_out, loader)
+        facts |= _leaks(rows, rows.held_out, loader.notes)
+        kind.audit(eval_fitted, rows.eval_left_out, ())
+        evaluation = kind.split(eval_fitted, rows.eval_left_out, held_out=True)
+    if kind.skipped:
+        # A held-out row that lies in a store was met there before.
+        kind.skipped[:] = dict.fromkeys(kind.skipped)
+        origin, reason = kind.skipped[0]
+        loader.notes.append(f"skipped {len(kind.skipped)} faulty rows (dataset.on_error: skip), the first one {origin}: {reason}")
+    audit = replace(make_audit(), skipped=len(kind.skipped), **facts)
+    return Prepared(train, evaluation, audit, loader.files, kind.skipped)
+
+
+def _training(kind: RowKind[Any], rows: _Divided, loader: _Loader) -> tuple[Split, Callable[[], Audit]]:
+    """The training split, and its audit, to be made once the notes are complete."""
+    stored = [pool for pool in rows.pools if isinstance(pool, StoredRows)]
+    if stored:
+        return kind.stored(stored, rows.chosen, max_length=loader.limit, notes=loader.notes)
+    items = [item for pool, places in zip(rows.pools, rows.chosen, strict=True) for item in pool.items(places)]
+    kind.learn(items)
+    fitted = kind.encode(items, max_length=loader.limit, held_out=False, notes=loader.notes)
+    return kind.split(fitted, rows.left_out, held_out=False), lambda: kind.audit(fitted, rows.left_out, loader.notes)
+
+
+def _leaks(rows: _Divided, held_out: Sequence[Item], notes: list[str]) -> dict[str, int]:
+    """Held-out rows that the training rows hold as well, whole or with another answer."""
+    held = np.array([keys(item) for item in held_out], np.uint64)
+    whole = np.isin(held[:, 0], rows.of_chosen("keys"))
+    asked = (np.isin(held[:, 1], rows.of_chosen("inputs")) & (held[:, 1] != 0)) | whole
+    both, more = int(whole.sum()), int((asked & ~whole).sum())
+    if both:
+        notes.append(f"{both} of {len(held_out)} held-out rows stand in the training rows as well, word for word")
+    if more:
+        notes.append(f"{more} of {len(held_out)} held-out rows ask what a training row asks, word for word, with another answer")
+    return {"leaked_rows": both, "leaked_inputs": both + more}
 
 
 def prepare_eval(kind: RowKind[Any], *, base_dir: Path, seed: int, max_positions: int | None = None) -> Split:
@@ -123,63 +217,107 @@ def prepare_eval(kind: RowKind[Any], *, base_dir: Path, seed: int, max_positions
         DataError: a fault in the data, the section has no held-out rows, or the label audit refuses.
     """
     config = kind.config
-    loader = _Loader(kind, base_dir)
+    loader = _Loader(kind, base_dir, max_positions)
     if config.eval:
-        held_out, dropped = _gather(config.eval, loader, "eval", config.eval_limit)
+        held_out, left_out = _gather(config.eval, loader, "eval", config.eval_limit)
     elif config.eval_fraction:
-        _, chosen, _, dropped = _rows(config, loader, seed)
-        held_out = chosen or []
+        rows = _divide(config, loader, seed)
+        held_out, left_out = rows.held_out or [], rows.eval_left_out
     else:
         raise DataError("there are no held-out rows to evaluate", hint="name them with dataset.eval, or --data FILE")
-    fitted = kind.encode(_some(held_out, "held-out"), max_length=loader.max_length(max_positions), held_out=True, notes=loader.notes)
-    kind.audit(fitted, dropped, ())
-    return kind.split(fitted, dropped, held_out=True)
+    fitted = _encode_held_out(kind, held_out, loader)
+    kind.audit(fitted, left_out, ())
+    return kind.split(fitted, left_out, held_out=True)
 
 
-def _some(items: list[Item], what: str) -> list[Item]:
+def _encode_held_out(kind: RowKind[Any], items: list[Item], loader: _Loader) -> Any:
     if not items:
-        raise DataError(
-            f"there are no {what} rows left to use", hint="look at dataset.limit, dataset.eval_fraction and the notes on empty answers"
+        raise _none_left("held-out", kind)
+    return kind.encode(items, max_length=loader.limit, held_out=True, notes=loader.notes)
+
+
+def _none_left(what: str, kind: RowKind[Any]) -> DataError:
+    if kind.skipped:
+        origin, reason = kind.skipped[0]
+        return DataError(
+            f"there are no {what} rows left to use; {len(kind.skipped)} faulty ones were skipped, the first one {origin}: {reason}",
+            hint="see the faults with dataset.on_error: fail",
         )
-    return items
+    return DataError(
+        f"there are no {what} rows left to use", hint="look at dataset.limit, dataset.eval_fraction and the notes on empty answers"
+    )
 
 
-def _rows(config: DatasetSection, loader: _Loader, seed: int) -> tuple[list[Item], list[Item] | None, list[str], list[str]]:
-    """Training items, held-out items, and the places of the rows with an empty answer of each."""
-    if config.eval or not config.eval_fraction:
-        # Reading may stop early where no later row can be among the first ``limit``.
-        stop = config.limit if all(source.weight >= 1 for source in config.train) else None
-        loaded = [loader.load(source, "train", stop) for source in config.train]
-        held_out, eval_dropped = _gather(config.eval, loader, "eval", config.eval_limit) if config.eval else (None, [])
-    else:
-        loaded, held_out = _hold_out([loader.load(source, "train", None) for source in config.train], config.eval_fraction, seed)
-        held_out, eval_dropped = held_out[: config.eval_limit], []
-    train: list[Item] = []
-    for index, source in enumerate(loaded):
-        train.extend(source.items[place] for place in weigh(len(source.items), source.weight, seed, index))
-    return train[: config.limit], held_out, [origin for source in loaded for origin in source.empty], eval_dropped
+@dataclass(frozen=True)
+class _Divided:
+    """Which rows are trained and which are held out.
+
+    Attributes:
+        pools: the training sources. ``chosen``: places of the rows to train in each, in order, repeated ones as often.
+        held_out: ``None`` where the recipe names none.
+        left_out, eval_left_out: places of rows that could be neither.
+        duplicates: how many training rows repeat an earlier one, before weights and the limit.
+    """
+
+    pools: Sequence[_Pool]
+    chosen: list[Places]
+    held_out: list[Item] | None
+    left_out: list[str]
+    eval_left_out: list[str]
+    duplicates: int
+
+    def of_chosen(self, name: str) -> Keys:
+        """The ``keys`` or ``inputs`` of the chosen rows."""
+        return np.concatenate([getattr(pool, name)[places] for pool, places in zip(self.pools, self.chosen, strict=True)])
+
+
+def _divide(config: DatasetSection, loader: _Loader, seed: int) -> _Divided:
+    # Reading may stop early where no later row can be among the first ``limit``.
+    early = (config.eval or not config.eval_fraction) and not config.deduplicate and all(source.weight >= 1 for source in config.train)
+    stop = config.limit if early else None
+    pools = _pools(config, loader, stop)
+    kept = [np.arange(len(pool.keys)) for pool in pools]
+    left_out = [origin for pool in pools for origin in pool.left_out]
+    held_out, eval_left_out = _gather(config.eval, loader, "eval", config.eval_limit) if config.eval else (None, [])
+    if config.eval_fraction and not config.eval:
+        masks = hold_out([pool.keys for pool in pools], config.eval_fraction, seed)
+        if masks is None:
+            raise DataError(
+                f"dataset.eval_fraction: {min(1, sum(map(len, kept)))} distinct rows cannot be divided",
+                hint="give a file of held-out rows: dataset.eval",
+            )
+        kept = [np.flatnonzero(~mask) for mask in masks]
+        held_out = []
+        for pool, mask in zip(pools, masks, strict=True):
+            left = None if config.eval_limit is None else config.eval_limit - len(held_out)
+            held_out.extend(pool.items(np.flatnonzero(mask)[:left]))
+    again = repeats([pool.keys[places] for pool, places in zip(pools, kept, strict=True)])
+    duplicates = sum(int(mask.sum()) for mask in again)
+    if duplicates and config.deduplicate:
+        kept = [places[~mask] for places, mask in zip(kept, again, strict=True)]
+        loader.notes.append(f"left out {duplicates} training rows that repeat an earlier one exactly (dataset.deduplicate)")
+    elif duplicates:
+        loader.notes.append(f"{duplicates} training rows repeat an earlier one exactly; dataset.deduplicate: true leaves them out")
+    chosen = []
+    left = config.limit
+    for number, (pool, places) in enumerate(zip(pools, kept, strict=True)):
+        taken = places[weigh(len(places), pool.weight, seed, number)] if len(places) else places
+        chosen.append(taken[:left])
+        left = None if left is None else left - len(chosen[-1])
+    return _Divided(pools, chosen, held_out, left_out, eval_left_out, duplicates)
+
+
+def _pools(config: DatasetSection, loader: _Loader, stop: int | None) -> Sequence[_Pool]:
+    opened = [open_source(source, base_dir=loader.base_dir, role="train", streaming=bool(config.streaming)) for source in config.train]
+    if config.streaming and not loader.kind.streams:
+        loader.notes.append("dataset.streaming: rows of this task are kept in memory")
+    if not loader.large(opened):
+        return [loader.load(source, "train", stop, found) for source, found in zip(config.train, opened, strict=True)]
+    return [loader.store(source, found, stop) for source, found in zip(config.train, opened, strict=True)]
 
 
 def _gather(sources: Sequence[SourceSection], loader: _Loader, role: Role, limit: int | None) -> tuple[list[Item], list[str]]:
     loaded = [loader.load(source, role, limit) for source in sources]
     if any(source.weight != 1 for source in loaded):
         loader.notes.append("weights of held-out sources have no effect: each row counts once")
-    return [item for source in loaded for item in source.items][:limit], [origin for source in loaded for origin in source.empty]
-
-
-def _hold_out(loaded: list[_Loaded], fraction: float, seed: int) -> tuple[list[_Loaded], list[Item]]:
-    """Take out a fraction of the rows, at least one; exact duplicates stay on the same side."""
-    keys = [[digest(item) for item in source.items] for source in loaded]
-    distinct = list(dict.fromkeys(key for source in keys for key in source))
-    if len(distinct) < 2:
-        raise DataError(
-            f"dataset.eval_fraction: {len(distinct)} distinct rows cannot be divided", hint="give a file of held-out rows: dataset.eval"
-        )
-    chosen = choose(distinct, fraction, seed)
-    kept: list[_Loaded] = []
-    held_out: list[Item] = []
-    for source, source_keys in zip(loaded, keys, strict=True):
-        pairs = list(zip(source.items, source_keys, strict=True))
-        held_out.extend(item for item, key in pairs if key in chosen)
-        kept.append(_Loaded([item for item, key in pairs if key not in chosen], source.empty, source.weight))
-    return kept, held_out
+    return [item for source in loaded for item in source.rows][:limit], [origin for source in loaded for origin in source.left_out]

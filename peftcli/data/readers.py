@@ -174,15 +174,23 @@ def _loads(text: str) -> Any:
 
 
 def json_lines(
-    stream: IO[bytes], shown: str, faults: Faults, reading: Reading, *, first: int = 1, only: Container[int] | None = None
+    stream: IO[bytes],
+    shown: str,
+    faults: Faults,
+    reading: Reading,
+    *,
+    first: int = 1,
+    only: Container[int] | None = None,
+    part: bool = False,
 ) -> Iterator[Row]:
     """The rows of JSON Lines, or of a part of them.
 
     Args:
         first: the number of the stream's first line.
         only: take only these lines apart.
+        part: the stream is not the whole file, and may hold no row.
     """
-    before, empty = faults.count, first == 1 and only is None
+    before, empty = faults.count, not part and only is None
     for number, text in _lines(stream, shown, faults, reading, first=first, only=only):
         if not text.strip():
             continue

@@ -50,16 +50,24 @@ class FileSource:
     Attributes:
         files: (path, its name in origins and faults), in the order of reading.
         reading: how they are read. ``notes``: what a user should know.
+        hashes: sha256 of the files that were asked for it.
     """
 
     files: Sequence[tuple[Path, str]]
     reading: Reading
     notes: list[str]
+    hashes: dict[Path, str] = field(default_factory=dict)
+
+    def sha256(self, path: Path) -> str:
+        """Hexadecimal sha256 of one of the files."""
+        if path not in self.hashes:
+            self.hashes[path] = sha256_of(path)
+        return self.hashes[path]
 
     def rows(self, faults: Faults, used: list[tuple[str, str]], only: Container[int] | None = None) -> Iterator[Row]:
         """All rows; ``used`` gets (name, sha256) of each file as it is begun. ``only``: see :func:`read_file`."""
         for path, shown in self.files:
-            used.append((shown, sha256_of(path)))
+            used.append((shown, self.sha256(path)))
             yield from read_file(path, shown, faults, self.reading, only=only)
 
     @property
@@ -137,23 +145,21 @@ def open_source(source: SourceSection, *, base_dir: Path, role: Role, streaming:
     return FileSource(files, reading, notes)
 
 
-def read_source(source: SourceSection, *, base_dir: Path, role: Role, limit: int | None = None, skip: bool = False) -> SourceRows:
-    """Every row of a source, up to the smaller of its own limit and ``limit``.
+def read_source(opened: Source, stop: int | None = None, *, skip: bool = False) -> SourceRows:
+    """The rows of a source.
 
     Args:
-        source, base_dir, role: see :func:`open_source`.
-        limit: stop after this many rows.
+        stop: read only so many.
         skip: leave faulty rows out instead of raising.
 
     Raises:
         DataError: a file that is missing, empty or faulty, with ``file:line`` of up to ten faults; a hub dataset that
             cannot be loaded.
     """
-    opened = open_source(source, base_dir=base_dir, role=role)
     faults = Faults(skip=skip)
     used: list[tuple[str, str]] = []
     rows = opened.rows(faults, used)
-    taken = list(islice(rows, stop_at(source, limit)))
+    taken = list(islice(rows, stop))
     rows.close()  # type: ignore[attr-defined]
     faults.raise_if_any()
     return SourceRows(taken, used, opened.notes, faults.skipped)

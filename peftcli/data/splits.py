@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,7 +53,7 @@ class Split(ABC):
         stop_ids: the tokens that end an answer in these rows, EOS among them: where generation stops.
     """
 
-    origins: list[str]
+    origins: Sequence[str]
     counts: SplitCounts
     dropped_origins: list[str]
     generation: list[GenerationExample] = field(default_factory=list, kw_only=True)
@@ -60,7 +61,7 @@ class Split(ABC):
 
     @property
     @abstractmethod
-    def lengths(self) -> tuple[int, ...]:
+    def lengths(self) -> Sequence[int]:
         """Tokens of each row, as the model sees them."""
 
     @abstractmethod
@@ -84,11 +85,11 @@ class TextSplit(Split):
         input_ids, supervised: for each row, arrays of the same shape (length,).
     """
 
-    input_ids: list[Ids]
-    supervised: list[Mask]
+    input_ids: Sequence[Ids]
+    supervised: Sequence[Mask]
 
     @property
-    def lengths(self) -> tuple[int, ...]:
+    def lengths(self) -> Sequence[int]:
         return tuple(len(row) for row in self.input_ids)
 
     def units(self, row: int) -> int:
@@ -147,3 +148,36 @@ class LabelledSplit(Split):
 
     def first_ids(self, row: int) -> Ids:
         return self.input_ids[row]
+
+
+@dataclass(frozen=True)
+class TaggedSplit(Split):
+    """Rows of words, each with a tag.
+
+    Attributes:
+        input_ids: for each row, an array of shape (length,).
+        segments: token type ids of the same shapes, where the tokenizer gives them.
+        targets: of the same shapes, the label's index of tokens that carry loss, -100 elsewhere.
+        places: for each row, the position of each word at which its tag is read off, in order.
+        words: for each row, these words.
+    """
+
+    input_ids: list[Ids]
+    segments: list[Ids] | None
+    targets: list[Ids]
+    places: list[Ids]
+    words: list[list[str]]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(len(row) for row in self.input_ids)
+
+    def units(self, row: int) -> int:
+        return int((self.targets[row] >= 0).sum())
+
+    def first_ids(self, row: int) -> Ids:
+        return self.input_ids[row]
+
+    def tags(self, row: int) -> Ids:
+        """The label's index of each word of row number ``row``."""
+        return self.targets[row][self.places[row]]

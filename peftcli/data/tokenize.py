@@ -66,6 +66,7 @@ class _Plan:
         raw: whether the tokenizer's own prefix (BOS) is put before it; a chat template writes its own.
         add_eos: whether EOS is added.
         prompt_end: where the prompt of the last completion ends; ``None`` for a document.
+        turn_end: where a conversation's last turn ends, its end-of-turn token included.
     """
 
     text: str
@@ -77,6 +78,7 @@ class _Plan:
     request: str
     reference: str
     origin: str
+    turn_end: int = 0
 
 
 class Encoder:
@@ -115,18 +117,19 @@ class Encoder:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    def encode(self, items: Sequence[TextItem], *, exact_prompts: bool = False) -> list[Encoded]:
+    def encode(self, items: Sequence[TextItem], *, exact_prompts: bool = False, faults: Faults | None = None) -> list[Encoded]:
         """Tokenize rows, in their order and uncut.
 
         Args:
             items: rows in the neutral form.
             exact_prompts: ``prompt_ids`` are to be fed to the model. Inference tokenizes the turns before the last answer
                 together, which can differ from the row's ids where an earlier answer starts with white space.
+            faults: where rows that cannot be rendered are noted; they are left out.
 
         Raises:
             DataError: up to ten conversations that the template cannot render, or whose assistant turns cannot be located.
         """
-        faults = Faults()
+        faults = faults or Faults()
         encoded: list[Encoded] = []
         for first in range(0, len(items), _BATCH):
             plans = []
@@ -135,7 +138,8 @@ class Encoder:
                     plans.append(self._plan(item))
                 except RenderFault as fault:
                     faults.add(
-                        f"{item.origin}: {fault}",
+                        str(fault),
+                        at=item.origin,
                         hint="choose another template with dataset.chat_template, or correct the rows; nothing was trained",
                     )
             encoded.extend(self._encode(plans, exact_prompts))
@@ -171,6 +175,7 @@ class Encoder:
             request=request,
             reference=item.messages[last].content,
             origin=item.origin,
+            turn_end=final.end,
         )
 
     def _encode(self, plans: Sequence[_Plan], exact_prompts: bool) -> list[Encoded]:
@@ -214,7 +219,11 @@ class Encoder:
         if plan.add_eos and not (len(ids) and ids[-1] == self.eos and supervised[-1]):
             ids, supervised = np.append(ids, np.int32(self.eos)), np.append(supervised, True)
         if self.train_on == "all":
-            supervised = np.ones(len(ids), np.bool_)
+            learned = np.ones(len(ids), np.bool_)
+            if plan.ranges and not plan.raw and not plan.add_eos:
+                # What a template writes behind the last turn's end (often a line break) is nothing that a model is asked to write.
+                learned[len(ids) - int((starts >= plan.turn_end).sum()) :] = False
+            supervised = learned
         supervised[:1] = False
         return Encoded(ids, supervised, plan.origin, prompt, plan.request, plan.reference)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,7 @@ class Fitted:
         too_long: origins of the rows that ``drop`` left out.
         unsupervised: origins of the rows that had no supervised token, or none left after truncation.
         split: how many documents ``split`` divided.
+        faulty: origins of the rows that could not be tokenized and were skipped.
     """
 
     rows: list[Encoded]
@@ -30,6 +32,23 @@ class Fitted:
     too_long: list[str]
     unsupervised: list[str]
     split: int
+    faulty: list[str] = field(default_factory=list)
+
+
+class FittedRow(NamedTuple):
+    """What became of one row.
+
+    Attributes:
+        pieces: what is kept of it, each with a supervised token.
+        lost: how many pieces had none.
+        too_long: whether it was left out for its length.
+        divided: whether it was split.
+    """
+
+    pieces: list[Encoded]
+    lost: int
+    too_long: bool
+    divided: bool
 
 
 def fit(rows: Sequence[Encoded], *, max_length: int, mode: Truncation, bos: int | None) -> Fitted:
@@ -47,45 +66,49 @@ def fit(rows: Sequence[Encoded], *, max_length: int, mode: Truncation, bos: int 
     Raises:
         DataError: ``error`` and a row is longer; ``split`` and a longer row is no document.
     """
-    kept: list[Encoded] = []
-    truncated = split = 0
-    too_long: list[str] = []
-    unsupervised: list[str] = []
     faults = Faults()
-    for row in rows:
-        pieces = [row]
-        if len(row.input_ids) > max_length:
-            where = f"{row.origin}: {len(row.input_ids)} tokens, dataset.max_length is {max_length}"
-            if mode == "drop":
-                too_long.append(row.origin)
-                continue
-            if mode == "error":
-                faults.add(where, hint="raise dataset.max_length, or choose dataset.truncation: keep_start, keep_end or drop")
-                continue
-            if mode == "split":
-                if len(row.prompt_ids):
-                    faults.add(
-                        f"{where}; only rows of plain text can be split", hint="choose dataset.truncation: keep_start, keep_end or drop"
-                    )
-                    continue
-                pieces = list(_pieces(row, max_length))
-                split += 1
-            else:
-                pieces = [cut(row, max_length, mode == "keep_start", bos)]
-        for piece in pieces:
-            if piece.supervised.any():
-                kept.append(piece)
-                truncated += piece.truncated
-            else:
-                unsupervised.append(piece.origin)
+    fitted = [(row.origin, fit_row(row, max_length=max_length, mode=mode, bos=bos, faults=faults)) for row in rows]
     faults.raise_if_any()
+    kept = [piece for _, row in fitted for piece in row.pieces]
+    too_long = [origin for origin, row in fitted if row.too_long]
+    unsupervised = [origin for origin, row in fitted for _ in range(row.lost)]
     if not kept:
-        raise DataError(
-            f"none of {len(rows)} rows has a supervised token left within dataset.max_length {max_length} "
-            f"({len(too_long)} were dropped as too long, {len(unsupervised)} lost every supervised token)",
-            hint="raise dataset.max_length, or choose dataset.truncation: keep_end",
-        )
-    return Fitted(kept, truncated, too_long, unsupervised, split)
+        raise nothing_left(len(rows), max_length, len(too_long), len(unsupervised))
+    return Fitted(kept, sum(piece.truncated for piece in kept), too_long, unsupervised, sum(row.divided for _, row in fitted))
+
+
+def nothing_left(rows: int, max_length: int, too_long: int, unsupervised: int) -> DataError:
+    """The error where truncation leaves nothing to learn."""
+    return DataError(
+        f"none of {rows} rows has a supervised token left within dataset.max_length {max_length} "
+        f"({too_long} were dropped as too long, {unsupervised} lost every supervised token)",
+        hint="raise dataset.max_length, or choose dataset.truncation: keep_end",
+    )
+
+
+def fit_row(row: Encoded, *, max_length: int, mode: Truncation, bos: int | None, faults: Faults) -> FittedRow:
+    """Apply a truncation mode to one row; what the mode refuses is noted in ``faults``."""
+    pieces, divided = [row], False
+    if len(row.input_ids) > max_length:
+        what = f"{len(row.input_ids)} tokens, dataset.max_length is {max_length}"
+        if mode == "drop":
+            return FittedRow([], 0, True, False)
+        if mode == "error":
+            faults.add(what, at=row.origin, hint="raise dataset.max_length, or choose dataset.truncation: keep_start, keep_end or drop")
+            return FittedRow([], 0, False, False)
+        if mode == "split":
+            if len(row.prompt_ids):
+                faults.add(
+                    f"{what}; only rows of plain text can be split",
+                    at=row.origin,
+                    hint="choose dataset.truncation: keep_start, keep_end or drop",
+                )
+                return FittedRow([], 0, False, False)
+            pieces, divided = list(_pieces(row, max_length)), True
+        else:
+            pieces = [cut(row, max_length, mode == "keep_start", bos)]
+    kept = [piece for piece in pieces if piece.supervised.any()]
+    return FittedRow(kept, len(pieces) - len(kept), False, divided)
 
 
 def cut(row: Encoded, length: int, start: bool, bos: int | None) -> Encoded:

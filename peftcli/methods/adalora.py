@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from peftcli.methods.base import Caps, Context, Loss, MethodConfig, PeftFormat, Tick
+from peftcli.methods.base import Caps, Context, MethodConfig, PeftFormat, Tick
 from peftcli.methods.fields import module_fields, module_options, refuse, whole_number
 from peftcli.methods.kinds import AdapterLayer, LayerMethod, features
 from peftcli.methods.rank_budget import RankBudget
@@ -109,6 +109,7 @@ class AdaLora(LayerMethod[AdaLoraConfig]):
         self.layers: dict[str, AdaLoraLayer] = {}
         model = super().apply(model, ctx)
         self.budget = RankBudget(self.config, self.layers)
+        self.penalty = torch.zeros(())
         return model
 
     def make_layer(self, name: str, base: nn.Module, ctx: Context) -> AdapterLayer:
@@ -116,22 +117,23 @@ class AdaLora(LayerMethod[AdaLoraConfig]):
         self.layers[name] = AdaLoraLayer(base, options.init_rank, options.alpha, options.dropout, ctx.generator(name))
         return self.layers[name]
 
-    def loss(self, module: nn.Module, batch: Any) -> Loss:
-        """The batch's loss; its gradient holds the penalty too, its value does not, so that losses compare with other methods'."""
-        total, correct, parts = super().loss(module, batch)
-        penalty = torch.stack([layer.penalty() for layer in self.layers.values()]).sum() / (2 * len(self.layers))
-        # The step's loss is divided by its number of supervised tokens: a share for each makes one penalty in all.
-        added = self.config.orthogonality * len(batch.positions) * penalty
-        return Loss(total + added - added.detach(), correct, {**parts, "orthogonality": penalty.detach()})
-
     def before_step(self, model: nn.Module, tick: Tick) -> None:
+        self.penalize()
         self.budget.measure(tick)
+
+    def penalize(self) -> None:
+        """Add the gradient of the penalty, once for each step and alike in every process; the loss does not hold it, so that losses compare
+        with other methods'."""
+        self.penalty = torch.stack([layer.penalty() for layer in self.layers.values()]).sum() / (2 * len(self.layers))
+        factors = [factor for layer in self.layers.values() for factor in (layer.lora_A, layer.lora_B)]
+        for factor, pull in zip(factors, torch.autograd.grad(self.config.orthogonality * self.penalty, factors), strict=True):
+            factor.grad = pull if factor.grad is None else factor.grad + pull
 
     def after_step(self, model: nn.Module, tick: Tick) -> None:
         self.budget.allocate(tick)
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
-        return {"average_rank": self.budget.average_rank()}
+        return {"average_rank": self.budget.average_rank(), "orthogonality": float(self.penalty.detach())}
 
     def state(self) -> dict[str, Tensor]:
         return self.budget.state()

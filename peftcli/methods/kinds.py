@@ -215,10 +215,12 @@ class Select(Method[C]):
         train_new_tokens(model, ctx, [name for name, module in model.named_modules() if id(getattr(module, "weight", None)) in ids])
         for parameter in chosen:
             unfreeze(parameter)
+        # A norm wants its scale in the dtype of its bias, and takes float32 features, which trained embeddings give, only in float32.
+        wide = any(isinstance(module, nn.Embedding) and module.weight.requires_grad for module in model.modules())
         for module in model.modules():
             own = list(module.parameters(recurse=False))
-            if any(p.requires_grad for p in own) and all(p.ndim < 2 for p in own):
-                for p in own:  # a norm wants its scale in the dtype of its bias
+            if (wide or any(p.requires_grad for p in own)) and all(p.ndim < 2 for p in own):
+                for p in own:
                     p.data = p.data.to(torch.float32)
         return model
 

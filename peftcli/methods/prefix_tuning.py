@@ -12,7 +12,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftcli.methods.base import Context, MethodConfig, PeftFormat
-from peftcli.methods.prompts import Prompted, PromptedLayers, PromptMethod, initialised, text_config
+from peftcli.methods.decoder_prefix import PromptedDecoder, check_fields, for_peft, used_by_peft
+from peftcli.methods.prompts import VALUES, Prompted, PromptedLayers, PromptMethod, encodes, initialised, text_config
 
 
 class PrefixTuningConfig(MethodConfig):
@@ -48,11 +49,12 @@ class PrefixEncoder(nn.Module):
 
 
 def _shape(model: nn.Module) -> tuple[int, int, int]:
-    """(layers, key-value heads, width of a layer's keys)."""
+    """(layers, key-value heads, width of a layer's keys); of the decoder, where there is an encoder too."""
     config = text_config(model)
+    layers = config.num_decoder_layers if encodes(model) else config.num_hidden_layers
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_hidden_layers, heads, heads * head
+    head = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // config.num_attention_heads
+    return layers, heads, heads * head
 
 
 class PrefixTuning(PromptMethod[PrefixTuningConfig]):
@@ -69,20 +71,32 @@ class PrefixTuning(PromptMethod[PrefixTuningConfig]):
 
     def wrap(self, model: nn.Module, ctx: Context) -> Prompted:
         options, (layers, heads, width) = self.config, _shape(model)
-        count = options.num_virtual_tokens
+        count, kind = options.num_virtual_tokens, PromptedDecoder if encodes(model) else PromptedLayers
         if not options.projection or ctx.from_file:
             values = torch.zeros(count, 2 * layers * width)
             if not ctx.from_file:
                 values.normal_(0.0, options.init_std, generator=ctx.generator("prompt_embeddings"))
-            return PromptedLayers(model, values, None, layers, heads)
+            return kind(model, values, None, layers, heads)
         encoder = PrefixEncoder(count, width, options.hidden_size or width, layers)
-        return PromptedLayers(model, None, initialised(encoder, ctx, "encoder"), layers, heads)
+        return kind(model, None, initialised(encoder, ctx, "encoder"), layers, heads)
+
+    def to_file(self, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = super().to_file(model, tensors)
+        return {**found, VALUES: for_peft(found[VALUES], _shape(model)[0])} if encodes(model) else found
+
+    def from_file(self, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if VALUES not in tensors or not encodes(model):
+            return tensors
+        layers, _, width = _shape(model)
+        return {**tensors, VALUES: used_by_peft(tensors[VALUES], layers, width)}
 
     def peft_config(self, model: nn.Module) -> dict[str, Any]:
         layers, heads, width = _shape(model)
+        two = {"num_transformer_submodules": 2} if encodes(model) else {}
         return {
             **super().peft_config(model),
-            "num_layers": layers,
+            **two,
+            "num_layers": 2 * layers if two else layers,
             "num_attention_heads": heads,
             "token_dim": width,
             "prefix_projection": self.config.projection,
@@ -92,6 +106,7 @@ class PrefixTuning(PromptMethod[PrefixTuningConfig]):
 
     @classmethod
     def from_peft(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
+        check_fields(fields)
         return {
             **super().from_peft(fields),
             "projection": fields.get("prefix_projection", False),

@@ -6,6 +6,9 @@ positions exist inside it only, so they never carry loss. Positions count them, 
 Classifiers judge a row by one position. As in PEFT, encoders that take the first one (BERT's pooler) then take the first virtual token, not
 [CLS]; with prefixes it is [CLS]. Decoders take the last real token; PEFT takes the last position of the batch, which is padding in the
 shorter rows, so only rows of one length give the same there.
+
+Encoder-decoders have virtual inputs in front of what the encoder reads, as in PEFT (whose files hold as many again for the decoder, which it
+never looks at), and prefixes in the decoder's self-attention (``peftcli.methods.decoder_prefix``).
 """
 
 from __future__ import annotations
@@ -100,8 +103,8 @@ class PromptedInputs(Prompted):
     def __init__(self, base: nn.Module, values: Tensor | None, encoder: nn.Module | None = None) -> None:
         super().__init__(base, values, encoder)
         self._head = next(iter(classification_heads(base)), None)
-        config = cast(Any, base).config
-        if self._head is not None and config.is_encoder_decoder:
+        self._encodes = encodes(base)
+        if self._head is not None and self._encodes:
             raise UsageError(
                 f"{type(base).__name__} looks for the end of its input ids, where virtual tokens have none",
                 hint="choose a method that leaves the input as it is, such as lora.",
@@ -122,6 +125,8 @@ class PromptedInputs(Prompted):
         if self._head is not None:
             return self._judge(input_ids, attention_mask, kwargs)
         inputs, mask = self._in_front(input_ids, attention_mask)
+        if self._encodes:  # the logits are the decoder's
+            return self.base(inputs_embeds=inputs, attention_mask=mask, **kwargs)
         if position_ids is not None:
             count = inputs.shape[1] - input_ids.shape[1]
             ahead = torch.arange(count, device=position_ids.device).expand(position_ids.shape[0], -1)
@@ -193,7 +198,8 @@ class PromptedInputs(Prompted):
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         with torch.no_grad():
             inputs, mask = self._in_front(input_ids, attention_mask)
-        return cast(Any, self.base).generate(input_ids=input_ids, inputs_embeds=inputs, attention_mask=mask, **kwargs)
+        start = {} if self._encodes else {"input_ids": input_ids}
+        return cast(Any, self.base).generate(**start, inputs_embeds=inputs, attention_mask=mask, **kwargs)
 
 
 class PromptedLayers(Prompted):
@@ -302,6 +308,11 @@ class PromptMethod(Method[C]):
         heads = {name: tensor for name, tensor in tensors.items() if name.startswith("base.")}
         return {VALUES: cast(Prompted, model).result().to("cpu", torch.float32), **heads}
 
+    def from_file(self, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if VALUES in tensors and encodes(model):
+            tensors[VALUES] = tensors[VALUES][: self.positions_taken()]
+        return tensors
+
     def file_targets(self, model: nn.Module) -> dict[str, Tensor]:
         heads = {name: target for name, target in super().file_targets(model).items() if name.startswith("base.")}
         return {VALUES: cast(Prompted, model).hold_result(), **heads}
@@ -319,13 +330,19 @@ class PromptMethod(Method[C]):
 
     @classmethod
     def from_peft(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
-        asked = [f"num_transformer_submodules={n}" for n in [fields.get("num_transformer_submodules")] if n not in (None, 1)]
+        fine = (None, 1, 2) if fields.get("task_type") == "SEQ_2_SEQ_LM" else (None, 1)
+        asked = [f"num_transformer_submodules={n}" for n in [fields.get("num_transformer_submodules")] if n not in fine]
         # PEFT names both heads of classifiers, whichever the model has, and once more with every save.
         if not all(name.rpartition(".")[2] in HEADS for name in fields.get("modules_to_save") or ()):
             asked.append(f"modules_to_save={fields['modules_to_save']!r}")
         if asked:
             raise CheckpointError(f"the adapter uses {', '.join(asked)}, which this version does not compute")
         return {"num_virtual_tokens": fields["num_virtual_tokens"]}
+
+
+def encodes(model: nn.Module) -> bool:
+    """Whether the model is an encoder-decoder."""
+    return bool(cast(Any, model).config.is_encoder_decoder)
 
 
 def positions(model: nn.Module, input_ids: Tensor) -> Tensor:

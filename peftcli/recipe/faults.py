@@ -230,6 +230,8 @@ def _message(errors: Sequence[Mapping[str, Any]], node: Node) -> str:
         return "has the wrong type"
     if kind.startswith(("greater_than", "less_than")):
         return "is out of range"
+    if kind == "string_pattern_mismatch":
+        return "is not written as it has to be"
     if kind in ("string_too_short", "too_short"):
         return "must not be empty"
     return str(error["msg"])

@@ -38,6 +38,7 @@ _SYNTAX = {
     "but found another document": "more than one document; a recipe is a single one, without `---` between parts",
     "found character '\\t' that cannot start": "a tab; YAML is indented with spaces",
     "found unexpected end of stream": "the text ends inside quotes or brackets",
+    "expected chomping or indentation indicators": "`>` and `|` begin a block of text; put text that begins with one in quotes",
     "could not find expected ':'": "a key without `:` after it",
     "mapping values are not allowed here": "a second `:` in one line; put text that contains `: ` in quotes",
 }

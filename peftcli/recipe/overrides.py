@@ -29,10 +29,13 @@ def expand(root: Node) -> None:
         node = top.get(key)
         if node is not None and (isinstance(node.value, str) or (key == "dataset" and isinstance(node.value, list))):
             top[key] = node.around({field: node})
-    for key in ("train", "eval"):
+    for key in ("train", "eval", "expect"):
         node = top.get(key)
         if node is not None and node.value is None:
             node.value = {}
+    expect = top.get("expect")
+    if expect is not None and isinstance(expect.value, dict):
+        expect.value = dict(_flat(expect.value))
     dataset = top.get("dataset")
     if dataset is None or not isinstance(dataset.value, dict):
         return
@@ -42,6 +45,15 @@ def expand(root: Node) -> None:
             node = dataset.value[key] = node.around([node])
         if node is not None and isinstance(node.value, list):
             node.value = [item.around({"path": item}) if isinstance(item.value, str) else item for item in node.value]
+
+
+def _flat(children: Mapping[str, Node], path: str = "") -> Iterator[tuple[str, Node]]:
+    """Nested keys as dotted ones: ``eval: {loss: ...}`` means ``eval.loss: ...``, and so does ``expect.eval.loss=...``."""
+    for key, child in children.items():
+        if isinstance(child.value, dict) and child.value:
+            yield from _flat(child.value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", child
 
 
 def _shift(node: Node, line: int, columns: int) -> None:
@@ -86,6 +98,9 @@ def _apply(root: Node, override: str, number: int) -> list[Fault]:
     if not left.isprintable() or not all(segments) or len(segments) > 16:
         raise stop("the key of an override is a dotted path", allowed="for example train.learning_rate=1e-4")
     columns = len(left) + 1
+    if segments[0] == "expect" and right.startswith(">") and "'" not in right:
+        # To YAML a plain `>` begins a block of text; the shell has taken the quotes that a file would have.
+        right = f"'{right}'"
     try:
         value, faults = read(right, COMMAND_LINE)
     except Stop as error:

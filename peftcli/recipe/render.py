@@ -73,7 +73,7 @@ def reference_markdown() -> str:
     """Tables of every key of a recipe and of every method's options: key, what is allowed, default, meaning."""
     lookup = Lookup(schema_of(Recipe))
     parts = [
-        _table("", list(_rows(lookup, ("output_dir",))), "A recipe's top level: these keys and the sections below."),
+        _table("", [row for key in ("output_dir", "expect") for row in _rows(lookup, (key,))], "These keys and the sections below."),
         _table("base_model", _section(lookup, ("base_model",)), "A plain string is its `name`."),
         _table("dataset", _section(lookup, ("dataset",)), "A plain string or a list is its `train`."),
         _table(

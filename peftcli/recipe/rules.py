@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from peftcli.recipe import gate_rules
 from peftcli.recipe.faults import Collector, place
 from peftcli.recipe.nodes import Node, show
 from peftcli.recipe.overrides import find
@@ -47,6 +48,7 @@ def check(collector: Collector, task: type[TaskSection] | None) -> None:
     asked = [item.value for item in measures.value] if measures is not None and isinstance(measures.value, list) else []
     if set(asked) - {"exact_match"} and value("eval.generate") is not True:
         fault("eval.metrics", "measures generated answers", "together with eval.generate: true")
+    gate_rules.check(collector, task, has_rows=has_rows)
     if task is not None:
         _fits_task(root, task, value, fault)
 

@@ -13,16 +13,34 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validat
 
 from peftcli.methods.base import MethodConfig
 from peftcli.recipe.tasks import CausalLMTask, TaskSection
+from peftcli.report.gates import COMPARISON
 
 DType = Literal["auto", "float32", "bfloat16"]
 Quantization = Literal["nf4", "fp4", "int8"]
-Format = Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text", "classification", "text_to_text"]
+Format = Literal[
+    "auto",
+    "alpaca",
+    "sharegpt",
+    "messages",
+    "prompt_completion",
+    "text",
+    "classification",
+    "text_to_text",
+    "tagging",
+    "preference",
+    "preference_sharegpt",
+    "preference_alpaca",
+    "preference_implicit",
+    "kto",
+    "kto_messages",
+]
 Truncation = Literal["keep_start", "keep_end", "drop", "split", "error"]
 Scheduler = Literal["cosine", "linear", "constant"]
 AnswerMetric = Literal["exact_match", "numeric_match", "rouge", "bleu", "chrf"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "sgd"]
 
 PositiveInt = Annotated[int, Field(ge=1)]
+Comparison = Annotated[str, Field(pattern=COMPARISON, examples=["<= 1.20", ">= 0.8"])]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -100,7 +118,10 @@ class DatasetSection(Section):
     format: Format = Field(
         "auto",
         description="`alpaca` (instruction, input, output), `sharegpt` (conversations: from, value), `messages` (role, content), "
-        "`prompt_completion`, `text`, `classification` (text, label [text_pair]), `text_to_text` (source, target); `auto` looks at the columns.",
+        "`prompt_completion`, `text`, `classification` (text, label [text_pair]), `text_to_text` (source, target), "
+        "`tagging` (tokens, tags); pairs of answers: `preference` (prompt, chosen, rejected), `preference_sharegpt` (conversations, "
+        "chosen, rejected), `preference_alpaca` (instruction, chosen, rejected), `preference_implicit` (chosen, rejected); single answers: "
+        "`kto` (prompt, completion, label), `kto_messages` (messages, label); `auto` looks at the columns.",
     )
     columns: dict[str, str] = Field({}, description="Column mapping, ours: yours, for example `{prompt: question, completion: answer}`.")
     chat_template: str | None = Field(
@@ -222,6 +243,11 @@ class Recipe(Section):
     dataset: DatasetSection
     train: TrainSection = Field(default_factory=TrainSection)
     eval: EvalSection = Field(default_factory=EvalSection)
+    expect: dict[str, Comparison] = Field(
+        {},
+        description='Gates: keys of `report.json` with what they have to be, such as `eval.loss: "<= 1.20"`, `eval.exact_match`, '
+        "`train.peak_memory_bytes`, `comparisons.loss.p_value`. `train` and `eval` judge them, and end with exit code 10 where one fails.",
+    )
     output_dir: str = Field("runs/default", min_length=1, description="Folder that the run writes into.")
 
     @field_validator("base_model", mode="before")

@@ -18,6 +18,7 @@ class TaskSection(BaseModel):
         summary: one sentence for the recipe reference.
         generates: an answer may be generated for its rows.
         fresh_head: it puts an output layer of its own on the base.
+        figures: what its evaluation tells beside the loss and the metrics of generated answers; empty: not known before.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, protected_namespaces=())
@@ -26,6 +27,7 @@ class TaskSection(BaseModel):
     summary: ClassVar[str]
     generates: ClassVar[bool] = False
     fresh_head: ClassVar[bool] = False
+    figures: ClassVar[tuple[str, ...]] = ()
 
     name: str = Field(description="Name of the task.")
 
@@ -36,6 +38,7 @@ class CausalLMTask(TaskSection):
     formats = ("messages", "sharegpt", "prompt_completion", "alpaca", "text")
     summary = "A language model learns to continue text: chats, completions, documents."
     generates = True
+    figures = ("perplexity", "token_accuracy")
 
     name: Literal["causal_lm"] = Field("causal_lm", description="`causal_lm`")
 
@@ -46,6 +49,7 @@ class SequenceClassificationTask(TaskSection):
     formats = ("classification",)
     summary = "A fresh output layer learns to label a text or a pair of texts: one class, several labels, or a number."
     fresh_head = True
+    figures = ("accuracy", "f1", "f1_micro", "matthews", "pearson", "spearman", "mean_absolute_error")
 
     name: Literal["sequence_classification"] = Field("sequence_classification", description="`sequence_classification`")
     problem: Literal["single_label", "multi_label", "regression"] | None = Field(
@@ -58,12 +62,31 @@ class SequenceClassificationTask(TaskSection):
     )
 
 
+class TokenClassificationTask(TaskSection):
+    """A tag for each word."""
+
+    formats = ("tagging",)
+    summary = "A fresh output layer learns to tag the words of a text: named entities (IOB, IOB2, BIOES), parts of speech."
+    fresh_head = True
+
+    name: Literal["token_classification"] = Field("token_classification", description="`token_classification`")
+    labels: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="The tags in the order of the model's outputs. `null`: those of the training rows, `O` first, the others sorted."
+    )
+    label_at: Literal["first", "last", "all"] = Field(
+        "first",
+        description="Which tokens of a word learn its tag; it is read off at the first, or with `last` at the last: the choice for "
+        "decoder-only models, which at a word's first token have not read the rest of it.",
+    )
+
+
 class Seq2SeqTask(TaskSection):
     """Text to text."""
 
     formats = ("text_to_text", "prompt_completion", "alpaca")
     summary = "An encoder-decoder learns to turn one text into another: translation, summaries, answers, descriptions of data."
     generates = True
+    figures = ("perplexity", "token_accuracy")
 
     name: Literal["seq2seq"] = Field("seq2seq", description="`seq2seq`")
     max_target_length: Annotated[int, Field(ge=2, le=1_000_000)] | None = Field(
@@ -92,7 +115,7 @@ class DPOTask(PreferenceTask):
     )
 
     name: Literal["dpo"] = Field("dpo", description="`dpo`")
-    beta: Positive = Field(0.1, description="How closely the model stays to the reference; with `ipo`, the regularization τ.")
+    beta: Positive = Field(0.1, description="How closely the model stays to the reference; with `ipo`, the strength of the regularization.")
     loss_type: Literal["sigmoid", "hinge", "ipo", "robust"] = Field(
         "sigmoid",
         description="`sigmoid` (DPO), `hinge` (SLiC), `ipo` (Azar et al., 2023; log-probabilities are averaged over tokens), or `robust` "
@@ -119,7 +142,7 @@ class ORPOTask(PreferenceTask):
     )
 
     name: Literal["orpo"] = Field("orpo", description="`orpo`")
-    beta: Positive = Field(0.1, description="Weight of the odds ratio's loss beside that of the better answer (λ in the paper).")
+    beta: Positive = Field(0.1, description="Weight of the odds ratio's loss beside that of the better answer (lambda in the paper).")
 
 
 class SimPOTask(PreferenceTask):
@@ -133,7 +156,7 @@ class SimPOTask(PreferenceTask):
     name: Literal["simpo"] = Field("simpo", description="`simpo`")
     beta: Positive = Field(2.0, description="Scale of the reward.")
     gamma: Annotated[float, Field(ge=0.0, le=1000.0)] = Field(
-        1.0, description="Margin between the two rewards (γ; the paper tunes γ/β, here 0.5 by default)."
+        1.0, description="Margin between the two rewards; the paper tunes its share of beta, here 0.5 by default."
     )
 
 
@@ -171,5 +194,16 @@ class RewardTask(PreferenceTask):
 
 
 TASKS: dict[str, type[TaskSection]] = {
-    str(section.model_fields["name"].default): section for section in (CausalLMTask, SequenceClassificationTask, Seq2SeqTask)
+    str(section.model_fields["name"].default): section
+    for section in (
+        CausalLMTask,
+        SequenceClassificationTask,
+        TokenClassificationTask,
+        Seq2SeqTask,
+        DPOTask,
+        ORPOTask,
+        SimPOTask,
+        KTOTask,
+        RewardTask,
+    )
 }

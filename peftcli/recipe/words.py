@@ -106,5 +106,7 @@ class Lookup:
                 return "a mapping of names to " + self.words(list(self.branches(extra)))
             return "a mapping of " + ", ".join(node.get("properties", {}) or ["names to values"])
         if kind == "string":
+            if "examples" in node:
+                return f"text such as {' or '.join(map(repr, node['examples']))}"
             return f"text that matches {node['pattern']}" if "pattern" in node else "text"
         return {"boolean": "true or false", "null": "null"}.get(str(kind), "")

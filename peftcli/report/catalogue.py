@@ -29,6 +29,15 @@ FIGURES: dict[str, Figure] = {
     "entity_f1": Figure("Entity F1", "harmonic mean of precision and recall of whole entities, type and both ends right", share=True),
     "entity_precision": Figure("Entity precision", "share of the entities found that are right", share=True),
     "entity_recall": Figure("Entity recall", "share of the true entities that were found", share=True),
+    "reward_accuracy": Figure(
+        "Reward accuracy", "share of pairs in which the better answer has the higher reward, ties by half; 50 % is chance", share=True
+    ),
+    "reward_margin": Figure("Reward margin", "mean reward of better answers minus that of worse ones"),
+    "chosen_reward": Figure("Chosen reward", "mean reward of better answers"),
+    "rejected_reward": Figure("Rejected reward", "mean reward of worse answers", higher_is_better=False),
+    "chosen_log_prob": Figure("Chosen log-probability", "mean over better answers, summed over their tokens"),
+    "rejected_log_prob": Figure("Rejected log-probability", "mean over worse answers, summed over their tokens", higher_is_better=False),
+    "kl": Figure("KL estimate", "mean of log(p / p of the reference) over answers to other prompts", higher_is_better=False),
     "accuracy": Figure("Accuracy", "share of rows judged right", share=True),
     "f1": Figure("F1", "harmonic mean of precision and recall: of class 1 where there are two, else the mean over classes"),
     "f1_micro": Figure("Micro F1", "F1 over all labels of all rows together"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
@@ -9,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from peftcli.report.schema import Report
+from peftcli.report.gates import gate_line
+from peftcli.report.schema import Gate, Report
 from peftcli.report.text import change, comparisons, duration, metric, number, p_value, plural, shorten, size, verdict
 
 EXAMPLES = 3
@@ -46,7 +48,12 @@ def print_summary(report: Report, console: Console, folder: Path | None = None) 
             ends = item.interval_after
             between = "" if ends is None else f"{metric(item.name, ends[0])} to {metric(item.name, ends[1])}"
             style = "red" if item.tone == "bad" else ""
-            row = [item.label.lower(), metric(item.name, item.before), Text(metric(item.name, item.after), style=style), between]
+            row: list[str | Text] = [
+                item.label.lower(),
+                metric(item.name, item.before),
+                Text(metric(item.name, item.after), style=style),
+                between,
+            ]
             if tested:
                 row.append("" if item.test is None else f"{change(item.name, item.test.difference)}, {p_value(item.test)}")
             table.add_row(*row)
@@ -55,6 +62,7 @@ def print_summary(report: Report, console: Console, folder: Path | None = None) 
         console.print(f"training loss {number(train.loss_first)} → {number(train.loss_last)}")
     _print_examples(report, console)
     _print_checks(report, console)
+    print_gates(report.gates, console)
     _print_files(report, console, folder)
 
 
@@ -85,6 +93,15 @@ def _print_checks(report: Report, console: Console) -> None:
         text = Text("live-adapter check: ")
         text.append("passed" if live.passed else "FAILED", style="green" if live.passed else "bold red")
         text.append(f", {plural(live.keys, 'tensor')} read back from disk")
+        console.print(text)
+
+
+def print_gates(gates: Sequence[Gate], console: Console) -> None:
+    """One line for each gate of the recipe."""
+    for gate in gates:
+        text = Text("gate: ")
+        text.append("passed" if gate.passed else "FAILED", style="green" if gate.passed else "bold red")
+        text.append(f", {gate_line(gate)}")
         console.print(text)
 
 

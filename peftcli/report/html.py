@@ -13,7 +13,7 @@ from peftcli.report.curves import training_section
 from peftcli.report.highlight import highlight_yaml
 from peftcli.report.markdown import live_adapter_line
 from peftcli.report.markup import badge, data, facts, section, table, text, user_text
-from peftcli.report.schema import Example, LiveAdapterCheck, Report, SplitInfo
+from peftcli.report.schema import Example, Gate, LiveAdapterCheck, Report, SplitInfo
 from peftcli.report.text import (
     Comparison,
     change,
@@ -230,7 +230,23 @@ def _checks(report: Report) -> str:
     if audit.get("passed") is False:
         state = badge("failed", "bad", "✗")
     first = f'<article class="card"><h3>Label audit {state}</h3>{audited if audit else ""}</article>'
-    return section("checks", "Checks", f'<div class="cards checks">{first}{_live(report.checks.live_adapter)}</div>')
+    cards = f'<div class="cards checks">{first}{_live(report.checks.live_adapter)}</div>'
+    return section("checks", "Checks", cards, _gates(report.gates))
+
+
+def _gates(gates: Sequence[Gate]) -> str:
+    if not gates:
+        return ""
+    rows = [
+        [
+            f"<code>{text(gate.key)}</code>",
+            "not measured" if gate.found is None else data(gate.found, number(gate.found, 6)),
+            text(gate.expected),
+            badge("passed", "good", "✓") if gate.passed else badge("failed", "bad", "✗"),
+        ]
+        for gate in gates
+    ]
+    return table(["Gate", "Found", "Expected", ""], rows, name="gate-table", label="What the recipe expects", class_="counts")
 
 
 def _free(value: Any) -> str:

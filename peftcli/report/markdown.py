@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from peftcli.report.gates import gate_table
 from peftcli.report.schema import LiveAdapterCheck, Report, SplitInfo
 from peftcli.report.text import Comparison, change, comparisons, duration, metric, number, p_value, percent, plural, shorten, size, verdict
 
@@ -36,6 +37,8 @@ def render_markdown(report: Report, recipe_text: str, *, title: str) -> str:
     """
     judged = verdict(report)
     parts = [f"# {cell(title)}", f"**{cell(judged.text)}**" + (f"  \n{cell(judged.detail, 2000)}" if judged.detail else "")]
+    if report.gates:
+        parts.append(f"## Gates\n\n{gate_table(report.gates)}")
     parts.append(_facts(report))
     if found := comparisons(report):
         parts.append(_table(found))

@@ -9,10 +9,14 @@ from collections.abc import Iterable, Sequence
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
+def visible(value: object) -> str:
+    """Any value as text whose control characters have become their visible pictures (U+2400 ...)."""
+    return _CONTROL.sub(lambda match: "\u2421" if match.group() == "\x7f" else chr(0x2400 + ord(match.group())), str(value))
+
+
 def text(value: object) -> str:
-    """Any value as escaped text; control characters become their visible pictures (U+2400 ...)."""
-    visible = _CONTROL.sub(lambda match: "\u2421" if match.group() == "\x7f" else chr(0x2400 + ord(match.group())), str(value))
-    return html.escape(visible)
+    """Any value as escaped text; control characters become visible."""
+    return html.escape(visible(value))
 
 
 def data(value: float | None, shown: str) -> str:

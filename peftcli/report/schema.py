@@ -245,6 +245,15 @@ class LiveAdapterCheck(Part):
     note: str | None = None
 
 
+class Gate(Part):
+    """One line of the recipe's ``expect``."""
+
+    key: str = Field(description="Dotted key of this report, such as `eval.loss`.")
+    expected: str = Field(description="Comparison that was asked for, such as `<= 1.20`.")
+    found: float | None = Field(description="null: it was not measured.")
+    passed: bool
+
+
 class Checks(Part):
     """The two gates of every run."""
 
@@ -276,6 +285,7 @@ class Report(Part):
         default_factory=dict, description="Relative path to SHA-256 of what the run wrote, the report itself excepted."
     )
     checks: Checks = Field(default_factory=Checks)
+    gates: list[Gate] = Field(default_factory=list, description="What the recipe expects of the run (`expect`), judged.")
     notes: list[str] = Field(default_factory=list, description="What a reader must know, such as why a number is null.")
 
     @model_validator(mode="after")

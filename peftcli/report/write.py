@@ -11,13 +11,15 @@ from pydantic import ValidationError
 
 from peftcli.errors import CheckpointError
 from peftcli.report.files import hash_files, write_text_atomically
+from peftcli.report.gates import cases, junit
 from peftcli.report.html import render_html
 from peftcli.report.markdown import render_markdown
 from peftcli.report.schema import Report
 
-__all__ = ["REPORT_FILES", "hash_files", "read_report", "report_text", "write_report"]
+__all__ = ["JUNIT_FILE", "REPORT_FILES", "hash_files", "read_report", "report_text", "write_report"]
 
 REPORT_FILES = ("report.json", "report.md", "report.html")
+JUNIT_FILE = "report.junit.xml"
 
 
 def report_text(report: Report) -> str:
@@ -33,7 +35,8 @@ def write_report(
     *,
     redact: Callable[[str], str] | None = None,
 ) -> None:
-    """Write report.html, report.md and, last, report.json into ``folder``, each atomically.
+    """Write report.html, report.md and, last, report.json into ``folder``, each atomically; before them report.junit.xml where the
+    recipe has gates.
 
     Args:
         folder: the run's folder; its name is the report's title.
@@ -51,6 +54,8 @@ def write_report(
     text = clean(report_text(report))
     if redact is not None:
         _parse(text, folder / "report.json")
+    if report.gates:
+        write_text_atomically(folder / JUNIT_FILE, clean(junit(title, list(cases(report)), report.train.seconds)))
     write_text_atomically(folder / "report.html", clean(render_html(report, metrics, recipe_text, title=title)))
     write_text_atomically(folder / "report.md", clean(render_markdown(report, recipe_text, title=title)))
     write_text_atomically(folder / "report.json", text)

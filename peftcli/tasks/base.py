@@ -68,7 +68,8 @@ class TaskModule(nn.Module, ABC):
     @abstractmethod
     def measure(self, batch: Any) -> Measured:
         """What the metrics need of each row of a batch, without gradient: tensors [rows, ...] on the CPU; ``loss`` [rows]
-        float64 (sum over the row's units) and ``units`` [rows] int64 among them. A row's values do not depend on the others."""
+        float64 (sum over the row's units) and ``units`` [rows] int64 among them, there or from :meth:`Task.together`. A row's values
+        do not depend on the others."""
 
 
 class Task(ABC, Generic[S]):
@@ -97,6 +98,19 @@ class Task(ABC, Generic[S]):
         """The output layer to put on the base, once the rows are known; ``None``: the base's own."""
         return None
 
+    @property
+    def has_reference(self) -> bool:
+        """Whether rows are compared with what the base alone makes of them, before any method is applied."""
+        return False
+
+    def base_module(self, model: nn.Module) -> TaskModule:
+        """The base alone, to measure every row with before the method is applied, where there is a reference."""
+        raise NotImplementedError
+
+    def with_base(self, split: Split, measured: Mapping[str, Tensor]) -> Split:
+        """``split`` with what :meth:`base_module` measured of all its rows."""
+        raise NotImplementedError
+
     @abstractmethod
     def module(self, model: nn.Module) -> TaskModule:
         """The model with this task's loss."""
@@ -117,6 +131,10 @@ class Task(ABC, Generic[S]):
     def masks(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Which positions of a batch's input ids hold tokens and no padding, and which carry loss: booleans of their shape. Where
         rows are judged as a whole, every token does."""
+
+    def together(self, measured: Measured) -> Measured:
+        """What was measured of each row, with what only all rows together tell."""
+        return measured
 
     @abstractmethod
     def scores(self, measured: Mapping[str, Tensor], split: Split) -> dict[str, Metric]:

@@ -123,8 +123,13 @@ class CausalLMTask(Task[options.CausalLMTask]):
         return token_scores(measured)
 
     def probe(self, model: nn.Module, ids: Tensor) -> Tensor:
-        row = ids[0].cpu().numpy().astype(np.int32)
-        return CausalLM(model).logits(collate([row], [np.ones(len(row), dtype=np.bool_)], packed=False, device=ids.device))
+        return next_token_logits(model, ids)
+
+
+def next_token_logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """[length - 1, vocabulary] logits of every token of one row of ids [1, length] but the first."""
+    row = ids[0].cpu().numpy().astype(np.int32)
+    return CausalLM(model).logits(collate([row], [np.ones(len(row), dtype=np.bool_)], packed=False, device=ids.device))
 
 
 def token_scores(measured: Mapping[str, Tensor]) -> dict[str, Metric]:

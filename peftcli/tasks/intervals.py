@@ -36,7 +36,7 @@ class Metric(NamedTuple):
     paired: str | None = None
 
 
-def wilson(hits: int, total: int) -> Interval:
+def wilson(hits: float, total: int) -> Interval:
     """Wilson's interval of a share (Wilson, 1927)."""
     if total == 0:
         return 0.0, 1.0

@@ -11,7 +11,13 @@ from peftcli.tasks.base import Task
 _TASKS: dict[str, str] = {
     "causal_lm": "peftcli.tasks.causal_lm:CausalLMTask",
     "sequence_classification": "peftcli.tasks.sequence_classification:SequenceClassification",
+    "token_classification": "peftcli.tasks.token_classification:TokenClassification",
     "seq2seq": "peftcli.tasks.seq2seq:Seq2Seq",
+    "dpo": "peftcli.tasks.dpo:DPOTask",
+    "orpo": "peftcli.tasks.orpo:ORPOTask",
+    "simpo": "peftcli.tasks.simpo:SimPOTask",
+    "kto": "peftcli.tasks.kto:KTOTask",
+    "reward": "peftcli.tasks.reward:RewardTask",
 }
 
 

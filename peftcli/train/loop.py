@@ -7,6 +7,7 @@ of its units, counted over all accumulation steps and processes. The counts are 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -82,7 +83,7 @@ class Loop:
         clock = time.perf_counter()
         peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
         while progress.step < self.total_steps:
-            for step in self.plan.epoch(progress.epoch)[progress.position :]:
+            for step in itertools.islice(self.plan.epoch(progress.epoch), progress.position, None):
                 factor = learning_rate_factor(progress.step + 1, self.total_steps, self.settings)
                 for group, peak in zip(self.optimizer.param_groups, peak_lrs, strict=True):
                     group["lr"] = peak * factor

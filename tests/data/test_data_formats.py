@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from peftcli.data.formats import Converter, check_format, check_mapping, convert_rows, detect
-from peftcli.data.neutral import Completion, Conversation, Document, Item, Message, digest
+from peftcli.data.neutral import Completion, Conversation, Document, Item, Message, keys
 from peftcli.data.readers import Row
 from peftcli.errors import DataError
 from peftcli.recipe.tasks import CausalLMTask
@@ -222,5 +222,11 @@ def test_all_faulty_rows_are_named_together() -> None:
 
 
 def test_digest_is_of_the_content_alone() -> None:
-    assert digest(Document("a", "x:1")) == digest(Document("a", "y:2"))
-    assert digest(Document("a", "x:1")) != digest(Document("b", "x:1"))
+    assert keys(Document("a", "x:1")) == keys(Document("a", "y:2"))
+    assert keys(Document("a", "x:1")) != keys(Document("b", "x:1"))
+    one, other = Completion("ask", "a", "x:1", "ask"), Completion("ask", "b", "x:1", "ask")
+    assert keys(one)[0] != keys(other)[0] and keys(one)[1] == keys(other)[1] != 0
+    turns = [Message("user", "ask"), Message("assistant", "a")]
+    assert keys(Conversation(turns, "x:1"))[1] == keys(Conversation([turns[0], Message("assistant", "b")], "y:1"))[1] != 0
+    assert keys(Conversation(turns, "x:1"))[1] != keys(Conversation([Message("system", "s"), *turns], "x:1"))[1]
+    assert keys(Document("a", "x:1"))[1] == keys(Completion("", "a", "x:1", ""))[1] == 0

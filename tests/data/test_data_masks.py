@@ -295,8 +295,12 @@ def test_completion_documents_and_train_on_all() -> None:
     document = encode(tokenizer, Document("once", "r:1"))
     assert tokenizer.decode(document.input_ids) == "<s>once</s>"
     assert document.supervised.tolist() == [False] + [True] * (len(document.input_ids) - 1)
-    everything = encode(templated("chatml"), chat("q", "a"), "all")
-    assert everything.supervised[1:].all() and not everything.supervised[0]
+    chatml = templated("chatml")
+    everything = encode(chatml, chat("q", "a"), "all")
+    assert everything.supervised[1:-1].all() and not everything.supervised[0]
+    assert chatml.decode(everything.input_ids[-1:]) == "\n" and not everything.supervised[-1], "behind the end of the last turn"
+    audit = audit_rows([everything], chatml, train_on="all", truncated=0, dropped=0)
+    assert audit.complete_rows == audit.eos_supervised == 1
 
 
 def test_prompt_and_completion_that_would_merge_stay_apart() -> None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from peftcli.data.sources import SourceRows, read_source
+from peftcli.data.sources import SourceRows, open_source, read_source, stop_at
 from peftcli.errors import DataError
 from peftcli.recipe.schema import SourceSection
 
@@ -19,7 +19,8 @@ ROWS = [{"text": "one"}, {"text": "zwei ä"}, {"text": "三"}]
 
 
 def read(path: Path | str, limit: int | None = None, base_dir: Path = Path(), source_limit: int | None = None) -> SourceRows:
-    return read_source(SourceSection(path=str(path), limit=source_limit), base_dir=base_dir, role="train", limit=limit)
+    source = SourceSection(path=str(path), limit=source_limit)
+    return read_source(open_source(source, base_dir=base_dir, role="train"), stop_at(source, limit))
 
 
 def values(found: SourceRows) -> list[dict[str, object]]:
@@ -193,10 +194,10 @@ def test_hub_dataset_split_and_origin(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.chdir(tmp_path)
     source = SourceSection(path="owner/set", name="main", revision="abc")
-    found = read_source(source, base_dir=tmp_path, role="train", limit=2)
+    found = read_source(open_source(source, base_dir=tmp_path, role="train"), 2)
     assert asked == ["owner/set", "main", "abc"]
     assert [(row.origin, row.values["text"]) for row in found.rows] == [("owner/set/train[0]", "0"), ("owner/set/train[1]", "1")]
     assert found.files[0][0] == "owner/set@abc"
-    assert values(read_source(source, base_dir=tmp_path, role="eval")) == [{"text": "2"}]
+    assert values(read_source(open_source(source, base_dir=tmp_path, role="eval"))) == [{"text": "2"}]
     with pytest.raises(DataError, match="no split 'dev'; it has 'train', 'validation'"):
-        read_source(source.model_copy(update={"split": "dev"}), base_dir=tmp_path, role="eval")
+        open_source(source.model_copy(update={"split": "dev"}), base_dir=tmp_path, role="eval")

@@ -75,7 +75,8 @@ def step_gradients(model: Any, method: Any, ids: Tensor) -> Tensor:
 
     loss = method.loss(double, batch)
     (loss.total / len(batch.positions)).backward()
-    assert loss.parts["orthogonality"] > 0
+    method.penalize()
+    assert method.penalty > 0
     return loss.total.detach() / len(batch.positions)
 
 

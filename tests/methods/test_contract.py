@@ -152,6 +152,20 @@ def test_merged_into_the_dequantized_base(name: str, quantization: str) -> None:
     assert not any("bitsandbytes" in type(module).__module__ for module in merged.modules())
 
 
+@pytest.mark.parametrize(
+    ("name", "quantization"), [(name, kind) for kind in ("fp4", "int8") for name in QUANTIZED if (name, kind) != ("qlora", "int8")]
+)
+def test_every_quantized_base_is_trained_over_saved_and_loaded(name: str, quantization: str, tmp_path: Path) -> None:
+    model, method = pair(name, quantization=quantization)
+    before = {key: value.clone() for key, value in trainable_state(model).items()}
+    steps(model, method, tmp_path)
+    assert all(not torch.equal(before[key], value) for key, value in trainable_state(model).items())
+    hf_peft.save_adapter(tmp_path / "saved", model, method, base_model="some/base", revision=None)
+    base = helpers.tiny_model(HOME[name], quantization=quantization)
+    again = hf_peft.apply_adapter(base, hf_peft.read_adapter(tmp_path / "saved"), Context(frozen_quantized=True))
+    assert torch.equal(helpers.logits(again), helpers.logits(model))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_methods_that_train_base_weights_refuse_quantization(name: str, tmp_path: Path) -> None:
     text = helpers.recipe_for(tmp_path, tmp_path, tmp_path, method=f"{{name: {name}}}")

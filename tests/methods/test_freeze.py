@@ -125,3 +125,13 @@ def test_stacks_of_layers_in_each_family() -> None:
     assert stacks(bert) == [["encoder.layer.0", "encoder.layer.1"]]
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2))
     assert stacks(t5) == [["encoder.block.0", "encoder.block.1"], ["decoder.block.0", "decoder.block.1"]]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_trained_embeddings_in_a_bfloat16_model(kind: str) -> None:
+    """Their float32 features meet norms, which take them in float32 only."""
+    model = helpers.make_method("freeze", last_layers=1, embeddings=True).apply(helpers.tiny_model(kind, torch.bfloat16), Context())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        helpers.loss_of(model, helpers.make_split([8, 12])).backward()
+    assert all(gradient.abs().sum() > 0 for gradient in helpers.gradients(model).values())
+    assert len(helpers.gradients(model)) == sum(p.requires_grad for p in model.parameters())
