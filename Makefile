@@ -7,7 +7,7 @@ CONSTRAINTS := scripts/constraints.txt
 
 .DEFAULT_GOAL := help
 # The figures of README.md are those of one recorded run; a new recording replaces them.
-.PHONY: help quickstart figures compare test check format readme clean environment environment-dev
+.PHONY: help quickstart figures compare soak bench test check format readme clean environment environment-dev
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,12 @@ figures: quickstart environment-dev ## run the quickstart and record its figures
 compare: environment-dev ## compare all methods on a real dataset (hours; PEFTCLI_DATA_DIR holds trec/) and record the table
 	$(BIN)/python scripts/compare_methods.py
 	$(BIN)/python scripts/update_readme.py
+
+soak: environment-dev ## hours of kills, bad recipes, mutated adapters and corrupted checkpoints, counted in scripts/results/soak.json
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py $(ARGS)
+
+bench: environment-dev ## measure speed and memory beside Hugging Face's peft + Trainer (hours; PEFTCLI_DATA_DIR holds gsm8k/) and record them
+	$(BIN)/python scripts/benchmark.py --methods lora qlora full
 
 readme: environment-dev ## bring the generated parts of README.md and the JSON schemas up to date
 	$(BIN)/python -m peftcli.recipe.render --write

@@ -10,11 +10,13 @@ from typing import Any
 from peftcli import environment
 from peftcli.data.prepare import Prepared
 from peftcli.evaluate import Scores
+from peftcli.kernels import fast
 from peftcli.model.load import Base
 from peftcli.recipe.schema import Recipe
 from peftcli.report import schema as rs
 from peftcli.report.gates import judge
 from peftcli.tasks.answers import judged
+from peftcli.tasks.intervals import Difference
 from peftcli.train.checkpoint import Progress
 from peftcli.train.loop import Loop
 from peftcli.train.memory import peak_memory
@@ -104,7 +106,7 @@ def _train(recipe: Recipe, loop: Loop) -> rs.TrainInfo:
         batch_order=f"{'shuffled' if plan.shuffle else 'file order'}, seed {plan.seed}",
         optimizer=recipe.train.optimizer,
         resumed_from=loop.resumed_from,
-        fast_paths=["packed rows", "loss on supervised positions only"] if loop.layout.packed else [],
+        fast_paths=[*(["packed rows", "loss on supervised positions only"] if loop.layout.packed else []), *fast.taken()],
     )
 
 
@@ -123,10 +125,12 @@ def eval_info(scores: dict[str, Any]) -> rs.EvalInfo:
 
 def comparisons(before: Scores, after: Scores) -> dict[str, rs.PairedTest]:
     """The report's form of the paired tests."""
-    return {
-        name: rs.PairedTest(difference=found.value, interval=found.interval, p_value=found.p_value, test=found.test)
-        for name, found in after.since(before).items()
-    }
+    return {name: paired_test(found) for name, found in after.since(before).items()}
+
+
+def paired_test(found: Difference) -> rs.PairedTest:
+    """The report's form of one paired test."""
+    return rs.PairedTest(difference=found.value, interval=found.interval, p_value=found.p_value, test=found.test)
 
 
 def _examples(recipe: Recipe, data: Prepared, before: dict[str, Any] | None, after: Scores | None) -> list[rs.Example]:

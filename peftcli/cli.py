@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -9,7 +10,19 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from peftcli import __version__
-from peftcli.errors import OutOfMemoryError, PeftcliError
+from peftcli import cli_repeat as repeat
+from peftcli.cli_options import (
+    BaseModel,
+    InitAdapter,
+    Json,
+    Overrides,
+    Processes,
+    RecipePath,
+    RemoteCode,
+    ResultPath,
+    ResultPaths,
+)
+from peftcli.errors import CheckpointError, OutOfMemoryError, PeftcliError
 
 app = typer.Typer(
     name="peftcli",
@@ -21,23 +34,6 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 unexpected error, 2 recipe or usage, 3 data, 4 model, 5 training, 6 out of memory, "
     "7 checkpoint or adapter file, 8 failed check, 9 folder in use, 10 failed gate, 11 not repeatable, 130/143 interrupted.",
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Write JSON for programs to standard output.")]
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Override recipe values, such as train.learning_rate=1e-4.", show_default=False),
-]
-ResultPaths = Annotated[
-    list[Path], typer.Argument(metavar="RUN_OR_ADAPTER", help="Folders of runs or adapters of one base.", show_default=False)
-]
-ResultPath = Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run's folder, or an adapter's.", show_default=False)]
-BaseModel = Annotated[
-    str | None, typer.Option("--base-model", help="Base model, when it is not where the run or adapter says.", show_default=False)
-]
-RemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model; needs a pinned base_model.revision.")
-]
 
 
 def _version(value: bool) -> None:
@@ -59,12 +55,9 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in output_dir.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in output_dir.")] = False,
-    init_adapter: Annotated[
-        Path | None, typer.Option("--init-adapter", help="Start from this adapter's weights.", show_default=False)
-    ] = None,
-    processes: Annotated[
-        int, typer.Option("--processes", min=1, max=1024, help="Processes on this machine (gloo on the CPU, NCCL on GPUs).")
-    ] = 1,
+    init_adapter: InitAdapter = None,
+    locked: Annotated[bool, typer.Option("--locked", help="Refuse to start where anything differs from RECIPE's lock.")] = False,
+    processes: Processes = 1,
     json: Json = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
@@ -78,13 +71,16 @@ def train(
 
     if processes > 1 and not launch.inside():
         raise typer.Exit(launch.spawn(processes))
+    from peftcli.lock import read_lock
     from peftcli.report.progress import make_progress
     from peftcli.run import Options
     from peftcli.run import train as run
 
     main_process = launch.rank() == 0
     display = make_progress(("json" if json else "auto") if main_process else "none")
-    report = run(loaded, display, Options(resume, overwrite, init_adapter, trust_remote_code))
+    lock = recipe.with_suffix(".lock")
+    held = read_lock(lock) if locked else None
+    report = run(loaded, display, Options(resume, overwrite, init_adapter, trust_remote_code, held, lock))
     if main_process:
         _finish(report, Path(loaded.recipe.output_dir), json)
 
@@ -103,13 +99,40 @@ def evaluate(
     generate: Annotated[
         bool | None, typer.Option("--generate/--no-generate", help="Also generate answers; default: the recipe's.", show_default=False)
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N rows.", show_default=False)] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option("--metrics", help="Measures of generated answers, such as rouge,bleu; default: the recipe's.", show_default=False),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Only the first N rows, or examples of each task.", show_default=False)
+    ] = None,
+    compare_base: Annotated[bool, typer.Option("--compare-base", help="Measure the base model too, and test the difference.")] = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", help="Tasks of lm-evaluation-harness in place of the rows, such as hellaswag,gsm8k.", show_default=False),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option("--num-fewshot", min=0, help="With --tasks: examples before each question.", show_default=False)
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option("--include-path", help="With --tasks: a folder with task files of your own.", show_default=False)
+    ] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="With --tasks: put the questions into the chat template.")
+    ] = False,
     json: Json = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Measure a run's result, or any PEFT adapter, on held-out rows."""
+    if tasks is None and (num_fewshot is not None or include_path is not None or apply_chat_template):
+        raise typer.BadParameter("--num-fewshot, --include-path and --apply-chat-template go with --tasks")
+    if tasks is not None and (data or metrics or generate is not None):
+        raise typer.BadParameter("--tasks takes the place of --data, --metrics and --generate")
     from peftcli.commands import evaluate as command
+    from peftcli.commands.harness import Harness
 
+    asked = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
+    harness = Harness(asked, num_fewshot, include_path, apply_chat_template) if tasks is not None else None
     command.run(
         result,
         data=data,
@@ -117,7 +140,10 @@ def evaluate(
         quantization=quantization,
         dtype=dtype,
         generate=generate,
+        metrics=metrics,
         limit=limit,
+        compare_base=compare_base,
+        harness=harness,
         json=json,
         trust_remote_code=trust_remote_code,
     )
@@ -217,6 +243,10 @@ def export(
     from peftcli.commands import export as command
 
     command.run(result, output, form=form, name=name, base_model=base_model, overwrite=overwrite, trust_remote_code=trust_remote_code)
+
+
+for command in (repeat.lock, repeat.verify, repeat.compare):
+    app.command()(command)
 
 
 @app.command()
@@ -366,6 +396,10 @@ def _fail(error: PeftcliError) -> NoReturn:
     sys.exit(error.exit_code)
 
 
+# What a full, failing or read-only disk answers.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+
 def main() -> None:
     """Run the command line; a user's mistake ends in one message and a documented exit code, never in a traceback."""
     try:
@@ -377,8 +411,11 @@ def main() -> None:
     except MemoryError:
         _fail(_out_of_memory())
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
+        if type(error).__name__ == "OutOfMemoryError" or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
             _fail(_out_of_memory())
+        if isinstance(error, OSError) and error.errno in _DISK:
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(CheckpointError(f"{where}{error.strerror}", hint="free some space, or choose another output_dir; --resume goes on."))
         if isinstance(error, RuntimeError) and "deterministic" in str(error):
             _fail(PeftcliError(str(error).splitlines()[0], hint="set train.deterministic=false to allow it."))
         raise

@@ -32,6 +32,7 @@ RESULTS = (
     "adapter",
     "model",
     "metrics.jsonl",
+    "skipped.jsonl",
     "report.json",
     "report.md",
     "report.html",
@@ -48,7 +49,7 @@ class OutputFolder:
     """Claims a run's folder while the run is on.
 
     Args:
-        resume: go on with the run that is there. ``overwrite``: remove what an earlier run left.
+        resume: go on with the run that is there. ``overwrite``: an earlier run may go, once :meth:`clear` is called.
 
     Raises:
         Busy: another process writes there; says which.
@@ -62,21 +63,29 @@ class OutputFolder:
     def __enter__(self) -> Path:
         while not self._claim():
             pass
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()}")
-        self._lock.flush()
-        there = [name for name in RESULTS if (self.path / name).exists()]
-        if there and not self.resume:
-            if not self.overwrite:
-                self._release()
-                raise UsageError(
-                    f"output_dir: {self.path} holds an earlier run ({', '.join(there)})",
-                    hint="--resume goes on with it, --overwrite replaces it, output_dir=... takes another folder.",
-                )
-            for name in there:
-                target = self.path / name
-                shutil.rmtree(target) if target.is_dir() else target.unlink()
+        try:
+            self._lock.truncate(0)
+            self._lock.write(f"process {os.getpid()}")
+            self._lock.flush()
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.path / '.lock'}: {error.strerror or error}", hint="free some space.") from error
+        there = self._there()
+        if there and not self.resume and not self.overwrite:
+            self._release()
+            raise UsageError(
+                f"output_dir: {self.path} holds an earlier run ({', '.join(there)})",
+                hint="--resume goes on with it, --overwrite replaces it, output_dir=... takes another folder.",
+            )
         return self.path
+
+    def _there(self) -> list[str]:
+        return [name for name in RESULTS if (self.path / name).exists()]
+
+    def clear(self) -> None:
+        """Remove what an earlier run left, unless this one goes on with it. Until then a new run that is refused has cost nothing."""
+        for name in () if self.resume else self._there():
+            target = self.path / name
+            shutil.rmtree(target) if target.is_dir() else target.unlink()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._release()

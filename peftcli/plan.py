@@ -13,7 +13,16 @@ from peftcli.recipe.load import LoadedRecipe
 from peftcli.recipe.schema import Recipe
 
 # Settings that may change when a run is resumed: they do not influence the weights.
-_FREE = ("train.logging_steps", "train.save_steps", "train.save_total_limit", "train.report_to", "output_dir", "eval.", "expect.")
+_FREE = (
+    "train.logging_steps",
+    "train.save_steps",
+    "train.save_total_limit",
+    "train.report_to",
+    "dataset.num_proc",
+    "output_dir",
+    "eval.",
+    "expect.",
+)
 
 
 def make_plan(recipe: Recipe, data: Prepared, processes: int) -> Plan:
@@ -38,6 +47,31 @@ def count_steps(recipe: Recipe, plan: Plan) -> int:
     whole, rest = int(recipe.train.epochs), recipe.train.epochs - int(recipe.train.epochs)
     steps = sum(len(plan.epoch(epoch)) for epoch in range(whole))
     return max(1, steps + math.ceil(round(rest * len(plan.epoch(whole)), 6))) if rest else steps
+
+
+def epochs_of(plan: Plan, steps: int) -> int:
+    """How many epochs a run of ``steps`` steps begins."""
+    epochs, left = 0, steps
+    while left > 0:
+        left -= len(plan.epoch(epochs))
+        epochs += 1
+    return epochs
+
+
+def decisive(recipe: Recipe) -> dict[str, Any]:
+    """Every setting that the weights depend on, flat, but for what names a place: a model or a file is known by its content."""
+    flat = {key: value for key, value in flatten(recipe).items() if not key.startswith(_FREE)}
+    for key in ("base_model.name", "base_model.revision", "base_model.dtype", "dataset.chat_template"):
+        del flat[key]
+    for key in ("dataset.train", "dataset.eval"):
+        sources = flat.pop(key) or []
+        flat |= {
+            f"{key}.{number}.{name}": value
+            for number, source in enumerate(sources)
+            for name, value in source.items()
+            if name != "path" and value is not None
+        }
+    return flat
 
 
 def identity(recipe: Recipe, data: Prepared, total_steps: int, processes: int) -> dict[str, Any]:

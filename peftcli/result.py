@@ -12,10 +12,11 @@ from peftcli.errors import CheckpointError, ModelError, UsageError
 from peftcli.interchange import adapter_hub, hf_peft
 from peftcli.methods import registry
 from peftcli.methods.base import Context, Method
-from peftcli.model.load import Base, load_base, open_base
+from peftcli.model.load import Base, load_base, load_config, open_base
+from peftcli.model.source import Source
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.schema import BaseModelSection, Recipe
-from peftcli.recipe.tasks import CausalLMTask
+from peftcli.recipe.tasks import CausalLMTask, Seq2SeqTask
 from peftcli.tasks import registry as tasks
 from peftcli.tasks.base import Task
 
@@ -69,8 +70,14 @@ class Place:
 
     @property
     def task(self) -> Task[Any]:
-        """What it has learned; an adapter without a recipe continues text."""
-        return tasks.make(self.recipe.task if self.recipe is not None else CausalLMTask())
+        """What it has learned. Without a recipe an encoder-decoder turns texts into others, and everything else continues text."""
+        if self.recipe is not None:
+            return tasks.make(self.recipe.task)
+        if self.adapter is not None:
+            pairs = self.adapter.fields.get("task_type") == "SEQ_2_SEQ_LM"
+        else:
+            pairs = bool(load_config(Source(str(self.weights), str(self.weights), None, True), None).is_encoder_decoder)
+        return tasks.make(Seq2SeqTask() if pairs else CausalLMTask())
 
     @property
     def seed(self) -> int:

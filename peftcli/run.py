@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from peftcli import environment, output
+from peftcli import lock as locks
 from peftcli.account import make_report
 from peftcli.data.prepare import Prepared, prepare
-from peftcli.errors import CheckFailed, CheckpointError, DataError, PeftcliError
+from peftcli.data.splits import Split
+from peftcli.errors import CheckFailed, CheckpointError, DataError, OutOfMemoryError, PeftcliError
 from peftcli.evaluate import Evaluator, Scores
+from peftcli.forecast import Forecast
 from peftcli.interchange import hf_peft
+from peftcli.lock import Lock
+from peftcli.kernels import fast
 from peftcli.methods import registry
 from peftcli.methods.base import Context, Method, TrainingBatch
 from peftcli.methods.kinds import new_modules, trains_base_weights
@@ -28,14 +35,16 @@ from peftcli.recipe.redact import redact
 from peftcli.recipe.render import dump_recipe
 from peftcli.recipe.schema import Recipe
 from peftcli.report import schema as rs
+from peftcli.report.files import write_text_atomically
 from peftcli.report.metrics import MetricsWriter, read_metrics
 from peftcli.report.progress import Progress as Display
+from peftcli.report.text import size
 from peftcli.report.write import hash_files, write_report
 from peftcli.tasks import registry as tasks
 from peftcli.tasks.base import Layout, Task
 from peftcli.train import checkpoint as checkpoints
 from peftcli.train.loop import Loop, load_trainable
-from peftcli.train.memory import reset_peak
+from peftcli.train.memory import is_out_of_memory, reset_peak
 from peftcli.train.optimizers import at_own_rate, build_optimizer
 from peftcli.train.preview import training_batches
 from peftcli.train.signals import Interrupted, StopRequest
@@ -46,12 +55,18 @@ _CHECK_ROWS = 16
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says beyond the recipe."""
+    """What the command line says beyond the recipe.
+
+    Attributes:
+        locked: what the run has to be, or it does not begin; ``locked_at``: where that stands, for the message.
+    """
 
     resume: bool = False
     overwrite: bool = False
     init_adapter: Path | None = None
     trust_remote_code: bool = False
+    locked: Lock | None = None
+    locked_at: Path = Path(locks.NAME)
 
 
 def train(loaded: LoadedRecipe, display: Display, options: Options | None = None) -> rs.Report:
@@ -64,25 +79,31 @@ def train(loaded: LoadedRecipe, display: Display, options: Options | None = None
     settings = loaded.recipe.train
     state = PartialState(cpu=not torch.cuda.is_available())
     environment.make_repeatable(settings.seed, deterministic=settings.deterministic, process=state.process_index)
+    fast.switch(on=settings.fast_paths)
     reset_peak(state.device)
     folder = Path(loaded.recipe.output_dir)
     if not state.is_main_process:
-        return _Run(loaded, display, options, folder, state).story()
-    with output.OutputFolder(folder, resume=options.resume, overwrite=options.overwrite), display:
-        return _Run(loaded, display, options, folder, state).story()
+        return _Run(loaded, display, options, folder, state, clear=lambda: None).story()
+    claimed = output.OutputFolder(folder, resume=options.resume, overwrite=options.overwrite)
+    with claimed, display:
+        return _Run(loaded, display, options, folder, state, clear=claimed.clear).story()
 
 
 class _Run:
     """One run: its parts, in the order in which they come to be."""
 
-    def __init__(self, loaded: LoadedRecipe, display: Display, options: Options, folder: Path, state: PartialState) -> None:
-        self.loaded, self.recipe, self.display, self.options, self.folder, self.state = (
+    def __init__(
+        self, loaded: LoadedRecipe, display: Display, options: Options, folder: Path, state: PartialState, *, clear: Callable[[], None]
+    ) -> None:
+        """``clear`` takes an earlier run out of the folder; called once nothing of the new one can be refused any more."""
+        self.loaded, self.recipe, self.display, self.options, self.folder, self.state, self.clear = (
             loaded,
             loaded.recipe,
             display,
             options,
             folder,
             state,
+            clear,
         )
         self.method: Method[Any] = registry.get(self.recipe.method.name)(self.recipe.method)
         self.task: Task[Any] = tasks.make(self.recipe.task)
@@ -97,6 +118,7 @@ class _Run:
         )
         self.display.note("reading the data")
         self.data = self._read()
+        self._lock()
         self.display.note("loading the base model")
         self.base = self._load()
         packed = self.task.packs(self.base.model, self.base.model.config.get_text_config().vocab_size, self._longest())
@@ -112,6 +134,15 @@ class _Run:
                 loop.run(resumed)
             except (PeftcliError, Interrupted) as error:
                 self._report_unfinished(loop, error)
+                raise
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                told = self._out_of_memory(loop)
+                self._report_unfinished(loop, told)
+                raise told from error
+            except BaseException:
+                loop.close()
                 raise
         self._take_best(loop)
         self.display.note("saving and checking")
@@ -133,8 +164,8 @@ class _Run:
             master_weights=self.method.caps.whole_model,
             keep_dense=self.method.needs_dense_weights(),
         )
-        if base.fresh:
-            self.display.note(f"{', '.join(base.fresh)} has no weights in {base.source.name} and starts anew")
+        if base.anew:
+            self.display.note(f"{', '.join(base.anew)} has no weights in {base.source.name} and starts anew")
         return base
 
     def _read(self) -> Prepared:
@@ -146,12 +177,21 @@ class _Run:
         self.display.audit(data.audit.to_dict())
         for note in data.audit.notes:
             self.display.warn(note)
-        unseen = set(opened.new_token_ids).difference(*(map(int, data.train.all_ids(row)) for row in range(len(data.train.origins))))
-        if unseen:
+        if unseen := _unseen(opened.new_token_ids, data.train):
             names = ", ".join(opened.tokenizer.convert_ids_to_tokens(sorted(unseen)))
             raise DataError(f"base_model.new_tokens: {names} occurs in no training row, so its embedding would stay as it is")
         self.state.wait_for_everyone()
         return data
+
+    def _lock(self) -> None:
+        """What this run is made of; refused where it has to be something else."""
+        options, locked = self.options, self.options.locked
+        if locked is None and not self.state.is_main_process:
+            return
+        processes = self.state.num_processes
+        self.lock = locks.make_lock(self.recipe, self.opened, self.data, processes, init_adapter=options.init_adapter)
+        if locked is not None:
+            locks.refuse(locked, self.lock, str(options.locked_at))
 
     def _longest(self) -> int:
         return max(max(split.lengths) for split in (self.data.train, self.data.eval) if split is not None)
@@ -199,6 +239,7 @@ class _Run:
             start = hf_peft.read_adapter(_adapter_folder(self.options.init_adapter))
             hf_peft.load_tensors(self.model, method, start.tensors, start.folder / hf_peft.WEIGHTS)
         self.marks = output.fingerprints(self.model)
+        self.clear()
         if recipe.train.gradient_checkpointing:
             checkpoint_activations(self.model)
         mixed = self._computes_mixed(self.model)
@@ -237,9 +278,12 @@ class _Run:
         writer = None
         if accelerator.is_main_process:
             dtype = str(self.base.dtype).removeprefix("torch.")
-            (self.folder / "recipe.yaml").write_text(
-                redact(dump_recipe(resolved(self.loaded, self.recipe, dtype, self.folder))), encoding="utf-8"
-            )
+            kept = resolved(self.loaded, self.recipe, dtype, self.folder)
+            write_text_atomically(self.folder / "recipe.yaml", redact(dump_recipe(kept)))
+            self._write_lock(resumed is not None)
+            if self.data.skipped:
+                lines = (json.dumps(skipped._asdict(), ensure_ascii=True) for skipped in self.data.skipped)
+                (self.folder / "skipped.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="ascii")
             last = resumed.progress.step if resumed else None
             writer = MetricsWriter(self.folder / "metrics.jsonl", append=resumed is not None, truncate_after_step=last)
         return Loop(
@@ -262,6 +306,15 @@ class _Run:
             stop=stop,
             before=asdict(before) if before is not None else None,
         )
+
+    def _write_lock(self, resumed: bool) -> None:
+        """A resumed run keeps the lock that it began with; bytes are only promised where both parts ran in the same environment."""
+        path = self.folder / locks.NAME
+        if not (resumed and path.is_file()):
+            locks.write_lock(path, self.lock)
+            return
+        for line in locks.differences(locks.read_lock(path), self.lock):
+            self.display.warn(f"the run began under another lock: {line}")
 
     def _take_best(self, loop: Loop) -> None:
         """Go back to the weights of the lowest held-out loss, where the recipe asks for it and the last ones are not the best."""
@@ -300,7 +353,10 @@ class _Run:
         status: rs.Status = "stopped_early" if loop.progress.step < loop.total_steps else "completed"
         files = {}
         if saved is not None:
-            written = [self.folder / "recipe.yaml", self.folder / "metrics.jsonl", *sorted(p for p in saved.iterdir() if p.is_file())]
+            written = [
+                *(self.folder / name for name in ("recipe.yaml", locks.NAME, "metrics.jsonl")),
+                *sorted(p for p in saved.iterdir() if p.is_file()),
+            ]
             files = hash_files(self.folder, [path.relative_to(self.folder) for path in written])
         report = make_report(self.recipe, self.base, self.data, loop, status=status, after=after, check=check, files=files)
         self._write(report)
@@ -310,6 +366,22 @@ class _Run:
                 hint=f"{self.folder / 'report.json'} holds the details; the weights are kept for inspection.",
             )
         return report
+
+    def _out_of_memory(self, loop: Loop) -> OutOfMemoryError:
+        """What was asked for, as far as it can be planned, and what to change."""
+        program = psutil.Process().memory_info().rss if self.state.device.type == "cpu" else 0
+        # The process already holds the model; only what Python and the libraries take is left to guess, and so left out.
+        need = Forecast(self.opened, self.task, self.data, 0).need(self.recipe)
+        parts = ("weights", "gradients", "optimizer", "activations", "allocator", "copies")
+        told = ", ".join(f"{part} {size(getattr(need, part))}" for part in parts if getattr(need, part))
+        held = f"; this process holds {size(program)}" if program else ""
+        last, _ = checkpoints.newest(loop.folder)
+        return OutOfMemoryError(
+            f"memory ran out in step {loop.progress.step + 1}; the plan needs {size(need.total)}, during {need.moment} ({told}){held}",
+            hint="lower train.batch_size (and raise train.gradient_accumulation_steps), lower dataset.max_length, set "
+            "train.gradient_checkpointing=true, or base_model.quantization=nf4; `peftcli check RECIPE` estimates each."
+            + (f" The last good checkpoint is {last.folder}." if last else ""),
+        )
 
     def _report_unfinished(self, loop: Loop, error: BaseException) -> None:
         """A run that did not end well leaves a report too, without a result."""
@@ -350,6 +422,16 @@ def _find_checkpoint(folder: Path, display: Display) -> checkpoints.Checkpoint:
             hint="train.save_steps writes them; start without --resume.",
         )
     return found
+
+
+def _unseen(new_tokens: Sequence[int], split: Split) -> set[int]:
+    """The new tokens that occur in no row."""
+    left = set(new_tokens)
+    for row in range(len(split.origins) if left else 0):
+        left.difference_update(split.all_ids(row).tolist())
+        if not left:
+            break
+    return left
 
 
 def _adapter_folder(path: Path) -> Path:

@@ -62,8 +62,8 @@ CONTENDERS = {
     "qlora": Contender({"name": "qlora"}, 1e-3),
     "adalora": Contender({"name": "adalora"}, 5e-3),
     "delta_lora": Contender({"name": "delta_lora"}, 1e-3),
-    "vera": Contender({"name": "vera"}, 2e-2),
-    "loha": Contender({"name": "loha"}, 3e-3),
+    "vera": Contender({"name": "vera"}, 1e-1),
+    "loha": Contender({"name": "loha"}, 1e-2),
     "lokr": Contender({"name": "lokr"}, 5e-3),
     "ia3": Contender({"name": "ia3"}, 1e-2),
 }
@@ -155,6 +155,7 @@ def run(text: str, folder: Path, record: Path) -> None:
     import torch
 
     from peftcli.errors import UsageError
+    from peftcli.methods import registry
     from peftcli.recipe.load import parse_recipe
     from peftcli.report.progress import NullProgress
     from peftcli.run import Options, train
@@ -176,13 +177,15 @@ def run(text: str, folder: Path, record: Path) -> None:
         found: dict[str, Any] = {"error": str(error).splitlines()[0]}
     else:
         assert report.eval is not None
+        whole = registry.get(loaded.recipe.method.name).caps.whole_model
         # The first step allocates and sets up; what follows is the pace.
         (first_tokens, first, _), (tokens, last, memory) = clock.ticks[0], clock.ticks[-1]
         found = {
             "learning_rate": loaded.recipe.train.learning_rate,
             "parameters": report.model.parameters,
             "trainable_parameters": report.model.trainable_parameters,
-            "base": report.model.quantization or report.model.dtype,
+            # How the base's weights are stored: where all of them are trained, in float32.
+            "base": report.model.quantization or ("float32" if whole else report.model.dtype),
             "before": report.eval_before and {"loss": report.eval_before.loss, "score": report.eval_before.metrics.get("exact_match")},
             "loss": report.eval.loss,
             "score": report.eval.metrics.get("exact_match"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from tokenizers import processors
 from torch import Tensor
 
 from peftcli.data.batching import Plan
@@ -143,3 +145,28 @@ def loop(
         layout=Layout(False, PAD), evaluate=evaluate, metrics=None, display=NullProgress(), folder=folder / "checkpoints", identity={},
         stop=StopRequest(),
     )  # fmt: skip
+
+
+def tokenizer(kind: str = "bert") -> Any:
+    """The tests' byte-level tokenizer; encoders' puts marks around a text and between two, and says which of two a token is of."""
+    fast = helpers.tiny_tokenizer()
+    if kind in ("gpt2", "llama"):
+        return fast
+    marks = [("<s>", 0), ("<|im_end|>", 1)]
+    fast.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A <|im_end|>", pair="<s> $A <|im_end|> $B:1 <|im_end|>:1", special_tokens=marks
+    )
+    fast.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    return fast
+
+
+def save_folder(folder: Path, kind: str = "bert") -> Path:
+    """The body of a tiny classifier, without a head, as a plain ``from_pretrained`` folder."""
+    tiny_classifier(kind, plain=True).base_model.save_pretrained(folder)
+    tokenizer(kind).save_pretrained(folder)
+    return folder
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path

@@ -27,9 +27,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("tasks", "plan"),
     ("model", "generate"),
     ("train", "evaluate", "merge", "estimate", "result", "output"),
-    ("account", "adapters", "probe", "forecast"),
+    ("account", "adapters", "probe", "forecast", "lock"),
     ("run", "combine", "advise"),
-    ("commands",),
+    ("verify",),
+    ("commands", "cli_options"),
+    ("cli_repeat",),
     ("cli",),
     ("__main__",),
 )

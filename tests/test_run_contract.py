@@ -22,7 +22,7 @@ ADAPTER = [
     "tokenizer.json",
     "tokenizer_config.json",
 ]
-TOP = ["metrics.jsonl", "recipe.yaml", "report.html", "report.json", "report.md"]
+TOP = ["metrics.jsonl", "recipe.lock", "recipe.yaml", "report.html", "report.json", "report.md"]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_a_run_that_trains_everything_leaves_a_model_folder(tiny_folders: dict[s
 
 
 def test_every_artefact_is_listed_with_its_sha256(folder: Path, report: Report) -> None:
-    assert sorted(report.files) == sorted([*(f"adapter/{name}" for name in ADAPTER), "metrics.jsonl", "recipe.yaml"])
+    assert sorted(report.files) == sorted([*(f"adapter/{name}" for name in ADAPTER), "metrics.jsonl", "recipe.lock", "recipe.yaml"])
     for name, digest in report.files.items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest, name
 

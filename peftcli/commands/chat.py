@@ -154,7 +154,11 @@ def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], max_new_t
     """Write the model's answer to standard output as it comes, and return it."""
     from transformers import GenerationConfig, TextStreamer
 
-    if tokenizer.chat_template:
+    reads = bool(model.config.is_encoder_decoder)
+    if reads:  # it has learned one answer to one text
+        asked = [*(m["content"] for m in messages[:1] if m["role"] == "system"), messages[-1]["content"]]
+        ids = tokenizer("\n\n".join(asked), return_tensors="pt")["input_ids"]
+    elif tokenizer.chat_template:
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
     else:
         ids = tokenizer(messages[-1]["content"], return_tensors="pt")["input_ids"]
@@ -170,4 +174,4 @@ def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], max_new_t
             generation_config=config,
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         )
-    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+    return str(tokenizer.decode(out[0, 1 if reads else ids.shape[1] :], skip_special_tokens=True)).strip()

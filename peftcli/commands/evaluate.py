@@ -5,27 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
-from peftcli.account import eval_info
+from peftcli.account import eval_info, paired_test
+from peftcli.commands.harness import Harness, check_installed
+from peftcli.commands.harness import show as show_harness
 from peftcli.commands.show import print_json
 from peftcli.data.prepare import prepare_eval
 from peftcli.data.splits import Split
-from peftcli.errors import UsageError
+from peftcli.errors import UsageError, nearest
 from peftcli.evaluate import Evaluator, Scores
 from peftcli.methods.kinds import trains_base_weights
-from peftcli.recipe.schema import DatasetSection, EvalSection
-from peftcli.report.catalogue import FIGURES
+from peftcli.recipe.schema import AnswerMetric, DatasetSection, EvalSection
+from peftcli.report.catalogue import FIGURES, figure
 from peftcli.report.console import print_gates
 from peftcli.report.files import write_text_atomically
 from peftcli.report.gates import gate_cases, gate_table, judge_eval, junit, refuse
 from peftcli.report.markdown import cell
 from peftcli.report.schema import Gate
-from peftcli.report.text import metric, plural
+from peftcli.report.text import change, metric, p_value, plural
 from peftcli.result import Result, locate, open_result
 from peftcli.tasks.answers import judged
 from peftcli.tasks.base import Layout
@@ -39,7 +41,10 @@ def run(
     quantization: str | None,
     dtype: str | None,
     generate: bool | None,
+    metrics: str | None,
     limit: int | None,
+    compare_base: bool,
+    harness: Harness | None,
     json: bool,
     trust_remote_code: bool,
 ) -> None:
@@ -50,24 +55,28 @@ def run(
         "quantization": quantization,
         "trust_remote_code": trust_remote_code,
     }
-    split = None
-    if locate(path, base_model).task.has_reference:
+    place = locate(path, base_model)
+    recipe = place.recipe
+    settings = recipe.eval if recipe is not None else EvalSection()
+    if compare_base and place.method is None:
+        raise UsageError(f"{path} is a whole model without a recipe, which does not say what base it could be compared with")
+    if harness is not None:
+        _ask_harness(path, harness, chosen, settings.batch_size, limit, compare_base=compare_base, json=json)
+        return
+    if asked := _asked(metrics):
+        settings = settings.model_copy(update={"metrics": asked})
+    wanted = (settings.generate or bool(asked)) if generate is None else generate
+    split, before = None, None
+    if compare_base or place.task.has_reference:
         bare = open_result(path, with_adapter=False, **chosen)
-        split = _evaluator(bare, _rows(bare, path, data, limit)).with_base(bare.model)
+        split = _rows(bare, path, data, limit)
+        if place.task.has_reference:
+            split = _evaluator(bare, split).with_base(bare.model)
+        before = _scores(bare, split, settings, wanted) if compare_base else None
         del bare  # one model at a time
     result = open_result(path, **chosen)
-    recipe = result.recipe
     split = split or _rows(result, path, data, limit)
-    settings = recipe.eval if recipe is not None else EvalSection()
-    wanted = settings.generate if generate is None else generate
-    evaluator = _evaluator(result, split)
-    scores = evaluator.scores(
-        result.task.module(result.model),
-        generate=wanted,
-        max_new_tokens=settings.max_new_tokens,
-        limit=settings.generate_limit,
-        metrics=settings.metrics,
-    )
+    scores = _scores(result, split, settings, wanted)
     examples = [
         {"prompt": e.prompt, "reference": e.reference, "answer": a, "correct": judged(settings.metrics, a, e.reference)}
         for e, a in zip(split.generation, scores.answers, strict=False)
@@ -76,18 +85,53 @@ def run(
     if gates:
         _write(result.weights.parent, gates, scores)
     if json:
-        more = {"gates": [gate.model_dump() for gate in gates]} if gates else {}
+        more: dict[str, Any] = {"gates": [gate.model_dump() for gate in gates]} if gates else {}
+        if before is not None:
+            tests = {name: asdict(found) for name, found in scores.since(before).items()}
+            more |= {"base": {**numbers(before), "intervals": before.intervals}, "comparisons": tests}
         print_json({**numbers(scores), "intervals": scores.intervals, "answers": examples, **more})
     else:
-        _show(scores, examples[: settings.examples], gates, str(path))
+        _show(scores, before, examples[: settings.examples], gates, str(path))
     refuse(gates)
 
 
-def _show(scores: Scores, examples: Sequence[dict[str, Any]], gates: Sequence[Gate], title: str) -> None:
+def _ask_harness(
+    path: Path, harness: Harness, chosen: dict[str, Any], batch_size: int, limit: int | None, *, compare_base: bool, json: bool
+) -> None:
+    """One model at a time in the hands of the harness."""
+    check_installed()
+    found = [
+        harness.measure(open_result(path, with_adapter=adapted, **chosen), batch_size, limit)
+        for adapted in ((True, False) if compare_base else (True,))
+    ]
+    show_harness(found[0], found[1] if compare_base else None, str(path), json=json)
+
+
+def _asked(metrics: str | None) -> list[str]:
+    """The measures of answers that ``--metrics`` names."""
+    names = [name.strip() for name in (metrics or "").split(",") if name.strip()]
+    known = get_args(AnswerMetric)
+    if strange := [name for name in names if name not in known]:
+        near = nearest(strange[0], known)
+        raise UsageError(f"--metrics: {strange[0]!r} is not one of {', '.join(known)}", hint=f"did you mean {near!r}?" if near else None)
+    return names
+
+
+def _scores(result: Result, split: Split, settings: EvalSection, generate: bool) -> Scores:
+    return _evaluator(result, split).scores(
+        result.task.module(result.model),
+        generate=generate,
+        max_new_tokens=settings.max_new_tokens,
+        limit=settings.generate_limit,
+        metrics=settings.metrics,
+    )
+
+
+def _show(scores: Scores, before: Scores | None, examples: Sequence[dict[str, Any]], gates: Sequence[Gate], title: str) -> None:
     console = Console()
-    console.print(table(scores, title))
+    console.print(table(scores, title, before))
     for example in examples:
-        mark = "[green]✓[/]" if example["correct"] else "[red]✗[/]"
+        mark = {True: "[green]✓[/]", False: "[red]✗[/]", None: "·"}[example["correct"]]
         console.print(f"{mark} ", end="")
         console.print(f"{example['prompt']}\n  expected {example['reference']}\n  answered {example['answer']}", markup=False)
     print_gates(gates, console)
@@ -139,16 +183,21 @@ def numbers(scores: Scores) -> dict[str, Any]:
     return {**scores.plain(), "supervised_tokens": scores.units, "rows": scores.rows, "seconds": scores.seconds}
 
 
-def table(scores: Scores, title: str) -> Table:
-    """The metrics with their 95 % intervals, the most telling first."""
+def table(scores: Scores, title: str, before: Scores | None = None) -> Table:
+    """The metrics with their 95 % intervals, the most telling first; where the base was measured too, its figures and the paired test."""
     tokens = f", {plural(scores.units, 'supervised token')}" if scores.units != scores.rows else ""
     shown = Table(title=f"{title}: {plural(scores.rows, 'held-out row')}{tokens}", title_justify="left")
     shown.add_column("metric")
-    shown.add_column("value", justify="right")
-    shown.add_column("95 % interval", justify="right")
-    values = scores.plain()
+    for name in ("base", "tuned", "95 % of tuned", "difference") if before is not None else ("value", "95 % interval"):
+        shown.add_column(name, justify="right")
+    values, base = scores.plain(), before.plain() if before is not None else {}
+    tests = scores.since(before) if before is not None else {}
     for name in dict.fromkeys((*(name for name in FIGURES if name in values), *values)):
-        interval = scores.intervals.get(name)
+        interval, test = scores.intervals.get(name), tests.get(name)
         between = f"{metric(name, interval[0])} to {metric(name, interval[1])}" if interval is not None else ""
-        shown.add_row(name.replace("_", " "), metric(name, values[name]), between)
+        row = [figure(name).label.lower(), metric(name, values[name]), between]
+        if before is not None:
+            moved = f"{change(name, test.value)}, {p_value(paired_test(test))}" if test is not None else ""
+            row = [row[0], metric(name, base.get(name)), *row[1:], moved]
+        shown.add_row(*row)
     return shown

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from peftcli.commands.show import print_json
 from peftcli.errors import DataError, UsageError
-from peftcli.report.text import change, metric
+from peftcli.report.text import change, number, percent
 from peftcli.result import Result
 
 _BACKENDS = {"AutoModelForCausalLM": "causal", "AutoModelForSeq2SeqLM": "seq2seq"}
@@ -21,69 +22,76 @@ _Z = 1.959963984540054
 
 
 def check_installed() -> None:
-    """Raise UsageError with the command that installs the harness, where it is not there."""
+    """See that the harness is there.
+
+    Raises:
+        UsageError: it is not; the hint is the command that installs it.
+    """
     if importlib.util.find_spec("lm_eval") is None:
         raise UsageError(
             "--tasks hands the model to lm-evaluation-harness, which is not installed",
-            hint=f"install it beside peftcli: {sys.executable} -m pip install 'lm-eval[hf]'  (or: pip install 'peftcli[lm-eval]')",
+            hint=f"install it beside peftcli: {sys.executable} -m pip install 'lm-eval[hf]'",
         )
 
 
-def measure(
-    result: Result,
-    tasks: list[str],
-    *,
-    batch_size: int,
-    limit: int | None,
-    num_fewshot: int | None,
-    include_path: Path | None,
-    apply_chat_template: bool,
-) -> dict[str, dict[str, Any]]:
-    """The harness's results by task, for the model as it is in memory: any method, quantized or not, nothing merged or written.
+@dataclass(frozen=True)
+class Harness:
+    """What lm-evaluation-harness is asked for.
 
-    Args:
-        tasks: names of tasks or groups of the harness. ``include_path``: a folder with task files of one's own.
-        limit: examples of each task. ``num_fewshot``: examples shown before each question.
-
-    Raises:
-        UsageError: the harness is not installed or knows no such task, or the result writes no text.
-        DataError: a task's data cannot be had.
+    Attributes:
+        tasks: names of its tasks or groups. ``include_path``: a folder with task files of one's own.
+        num_fewshot: examples shown before each question. ``apply_chat_template``: put questions into the chat template.
     """
-    check_installed()
-    backend = _BACKENDS.get(result.task.auto_model)
-    if backend is None:
-        raise UsageError(f"lm-evaluation-harness measures models that write text; this one learned {result.task.section.name}")
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    known = set(manager.all_tasks)
-    unknown = [name for name in tasks if not manager.match_tasks([name])]
-    if unknown:
-        raise UsageError(
-            f"--tasks: lm-evaluation-harness knows no {', '.join(map(repr, unknown))} among its {len(known):,} tasks",
-            hint="list them: lm_eval ls tasks; for task files of your own: --include-path FOLDER",
-        )
-    model = result.model
-    # The harness ties embedding and output layer anew; here they are tied already, and adapters may stand between.
-    model.tie_weights = lambda *_, **__: None
-    longest = result.base.max_positions if result.method is None else result.method.row_limit(result.base.max_positions)
-    wrapped = HFLM(pretrained=model, backend=backend, tokenizer=result.base.tokenizer, batch_size=batch_size, max_length=longest)
-    try:
-        found = simple_evaluate(
-            model=wrapped,
-            tasks=manager.match_tasks(tasks),
-            task_manager=manager,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            apply_chat_template=apply_chat_template,
-            log_samples=False,
-        )
-    except (OSError, ConnectionError) as error:
-        raise DataError(f"--tasks: the data of a task cannot be had: {str(error).splitlines()[0]}") from error
-    results: dict[str, dict[str, Any]] = found["results"]
-    return results
+    tasks: tuple[str, ...]
+    num_fewshot: int | None
+    include_path: Path | None
+    apply_chat_template: bool
+
+    def measure(self, result: Result, batch_size: int, limit: int | None) -> dict[str, dict[str, Any]]:
+        """Its results by task, for the model as it is in memory: any method, quantized or not, nothing merged or written.
+
+        Args:
+            limit: examples of each task.
+
+        Raises:
+            UsageError: the harness is not installed or knows no such task, or the model writes no text.
+            DataError: a task's data cannot be had.
+        """
+        check_installed()
+        backend = _BACKENDS.get(result.task.auto_model)
+        if backend is None:
+            raise UsageError(f"lm-evaluation-harness measures models that write text; this one has learned {result.task.section.name}")
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+
+        manager = TaskManager(include_path=None if self.include_path is None else str(self.include_path))
+        unknown = [name for name in self.tasks if not manager.match_tasks([name])]
+        if unknown:
+            raise UsageError(
+                f"--tasks: lm-evaluation-harness knows no {', '.join(map(repr, unknown))} among its {len(manager.all_tasks):,} tasks",
+                hint="list them: lm_eval ls tasks; for task files of your own: --include-path FOLDER",
+            )
+        model = result.model
+        # The harness ties embedding and output layer anew; here they are tied already, and adapters may stand between.
+        model.tie_weights = lambda *_, **__: None
+        longest = result.base.max_positions if result.method is None else result.method.row_limit(result.base.max_positions)
+        wrapped = HFLM(pretrained=model, backend=backend, tokenizer=result.base.tokenizer, batch_size=batch_size, max_length=longest)
+        try:
+            found = simple_evaluate(
+                model=wrapped,
+                tasks=manager.match_tasks(list(self.tasks)),
+                task_manager=manager,
+                num_fewshot=self.num_fewshot,
+                limit=limit,
+                apply_chat_template=self.apply_chat_template,
+                log_samples=False,
+            )
+        except OSError as error:  # connection errors are among them
+            raise DataError(f"--tasks: the data of a task cannot be had: {str(error).splitlines()[0]}") from error
+        results: dict[str, dict[str, Any]] = found["results"]
+        return results
 
 
 def show(results: Mapping[str, Mapping[str, Any]], base: Mapping[str, Mapping[str, Any]] | None, title: str, *, json: bool) -> None:
@@ -92,20 +100,31 @@ def show(results: Mapping[str, Mapping[str, Any]], base: Mapping[str, Mapping[st
         print_json({"tasks": dict(results), **({"base": dict(base)} if base is not None else {})})
         return
     table = Table(title=f"{title}: lm-evaluation-harness", title_justify="left")
-    for name in ("task", "metric", *(["base"] if base is not None else []), "value", "95 % interval", *(["difference"] if base else [])):
+    names = (
+        ("task", "metric", "value", "95 % interval") if base is None else ("task", "metric", "base", "tuned", "95 % of tuned", "difference")
+    )
+    for name in names:
         table.add_column(name, justify="left" if name in ("task", "metric") else "right")
     for task, figures in results.items():
         for key, value in figures.items():
-            name, _, of = key.partition(",")
-            if not isinstance(value, (int, float)) or name.endswith("_stderr") or not of:
+            name, _, filtered = key.partition(",")
+            if name.endswith("_stderr") or not filtered or not isinstance(value, (int, float)):
                 continue
-            error = figures.get(f"{name}_stderr,{of}")
+            error = figures.get(f"{name}_stderr,{filtered}")
             between = ""
             if isinstance(error, (int, float)):
-                between = f"{metric(name, value - _Z * error)} to {metric(name, value + _Z * error)}"
-            row = [task, name if of == "none" else f"{name} ({of})", metric(name, value), between]
+                between = f"{_figure(name, value - _Z * error)} to {_figure(name, value + _Z * error)}"
+            row = [name if filtered == "none" else f"{name} ({filtered})", _figure(name, value), between]
             if base is not None:
                 before = base[task][key]
-                row = [*row[:2], metric(name, before), *row[2:], change(name, value - before)]
-            table.add_row(*row)
+                row = [row[0], _figure(name, before), *row[1:], change("accuracy" if _is_share(name) else name, value - before)]
+            table.add_row(task, *row)
     Console().print(table)
+
+
+def _is_share(name: str) -> bool:
+    return name.startswith("acc") or name in ("exact_match", "em")
+
+
+def _figure(name: str, value: float) -> str:
+    return percent(min(max(value, 0.0), 1.0)) if _is_share(name) else number(float(value))

@@ -144,7 +144,7 @@ class Epoch(Sequence[StepPlan]):
         self._order, self._ends, self._window, self._processes, self._visits = order, ends, accumulation * processes, processes, visits
 
     def __len__(self) -> int:
-        return -(-len(self._ends) // self._window)
+        return (len(self._ends) + self._window - 1) // self._window
 
     @overload
     def __getitem__(self, index: int) -> StepPlan: ...

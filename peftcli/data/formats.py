@@ -36,7 +36,7 @@ from peftcli.data.faults import Faults
 from peftcli.data.messages import EmptyAnswer, RowFault, read_messages, read_text, read_tools
 from peftcli.data.neutral import Completion, Conversation, Document, Item, Labelled, Message
 from peftcli.data.preference_formats import pair_of, read_judged, read_pair
-from peftcli.data.readers import Row
+from peftcli.data.readers import Row, cell, has_cell
 from peftcli.data.tagged_format import read_tagged
 from peftcli.errors import DataError, nearest
 
@@ -140,7 +140,7 @@ def check_mapping(mapping: Mapping[str, str], columns: Iterable[str], where: str
                 f"dataset.columns: {key!r} is no column of ours"
                 + (f"; did you mean {near!r}?" if near else f"; ours are {', '.join(ours)}")
             )
-        if value not in theirs:
+        if value not in theirs and value.split(".", 1)[0] not in theirs:
             near = nearest(value, theirs)
             faults.add(
                 f"{where}: dataset.columns.{key}: there is no column {value!r}; "
@@ -232,16 +232,16 @@ class Converter:
         values: dict[str, Any] = {}
         for name in REQUIRED[self.format]:
             theirs = self._theirs(name)
-            if theirs not in row.values:
+            if not has_cell(row.values, theirs):
                 near = nearest(theirs, row.values)
                 raise RowFault(
                     f"there is no column {theirs!r}"
                     + (f"; did you mean {near!r}?" if near else "")
                     + f" (columns: {', '.join(row.values)})"
                 )
-            values[name] = row.values[theirs]
+            values[name] = cell(row.values, theirs)
         for name in OPTIONAL[self.format]:
-            values[name] = row.values.get(self._theirs(name))
+            values[name] = cell(row.values, self._theirs(name))
         return values
 
     def _optional(self, values: dict[str, Any], name: str) -> str:
@@ -293,6 +293,8 @@ class Converter:
             raise RowFault(f"{column}: {label!r} is not a finite number")
         if label == "":
             raise EmptyAnswer(column)
+        if not text.strip() and not pair:
+            raise EmptyAnswer(self._theirs("text"))
         return Labelled(text, None if pair is None else read_text(pair, self._theirs("text_pair")), label, row.origin)
 
     def _alpaca(self, row: Row, values: dict[str, Any]) -> Item:

@@ -171,12 +171,25 @@ class LabelledRows(RowKind[Fitted]):
         )
 
     def _tokenize(self, rows: Sequence[Labelled], max_length: int | None) -> dict[str, list[list[int]]]:
-        pairs = any(row.text_pair is not None for row in rows)
-        texts = [row.text for row in rows]
-        second = [row.text_pair or "" for row in rows] if pairs else None
+        """Ids, and token types where the tokenizer gives them. Texts and pairs apart: a row does not depend on the others."""
         settings: dict[str, Any] = {} if max_length is None else {"truncation": True, "max_length": max_length}
-        encoded: dict[str, list[list[int]]] = dict(self.tokenizer(texts, second, verbose=False, **settings))
+        between = "" if self._separates else "\n"
+        encoded: dict[str, list[list[int]]] = {}
+        for paired in (False, True):
+            chosen = [index for index, row in enumerate(rows) if (row.text_pair is not None) is paired]
+            if not chosen:
+                continue
+            texts = [rows[index].text for index in chosen]
+            second = [f"{between}{rows[index].text_pair}" for index in chosen] if paired else None
+            for key, values in self.tokenizer(texts, second, verbose=False, **settings).items():
+                for index, value in zip(chosen, values, strict=True):
+                    encoded.setdefault(key, [[] for _ in rows])[index] = value
         return encoded
+
+    @property
+    def _separates(self) -> bool:
+        """Whether the tokenizer puts a token of its own between two texts; else (GPT-2) a line break goes there."""
+        return bool(self.tokenizer.num_special_tokens_to_add(pair=True) > self.tokenizer.num_special_tokens_to_add(pair=False))
 
     def _targets(self, items: Sequence[Labelled]) -> npt.NDArray[np.float64]:
         """[rows, outputs] as :class:`LabelledSplit` has them.
@@ -186,7 +199,9 @@ class LabelledRows(RowKind[Fitted]):
         """
         faults = Faults()
         place = {name: index for index, name in enumerate(self.labels or ())}
-        width = len(place) if self.problem == "multi_label" else 1
+        if all(_number(name) is None for name in place):  # then numbers are no names
+            place |= {str(index): index for index in range(len(place))}
+        width = len(self.labels or ()) if self.problem == "multi_label" else 1
         targets = np.zeros((len(items), width))
         for index, item in enumerate(items):
             if self.problem == "regression":
@@ -200,12 +215,19 @@ class LabelledRows(RowKind[Fitted]):
             if self.problem == "single_label" and len(names) != 1:
                 faults.add(f"{item.origin}: {len(names)} labels where one is needed", hint="several labels: task.problem: multi_label")
                 continue
+            if len(set(names)) != len(names):
+                faults.add(
+                    f"{item.origin}: a label stands twice in {list(names)}",
+                    hint="a list names the labels that apply; it is no vector of 0 and 1",
+                )
+                continue
             for name in names:
                 if name not in place:
-                    near = nearest(name, list(place))
+                    known = list(self.labels or ())
+                    near = nearest(name, known)
                     faults.add(
-                        f"{item.origin}: {name!r} is none of the {len(place)} labels"
-                        + (f"; did you mean {near!r}?" if near else f" ({', '.join(list(place)[:_MOST_LABELS_SHOWN])})")
+                        f"{item.origin}: {name!r} is none of the {len(known)} labels"
+                        + (f"; did you mean {near!r}?" if near else f" ({', '.join(known[:_MOST_LABELS_SHOWN])})")
                     )
                 elif self.problem == "multi_label":
                     targets[index, place[name]] = 1.0
@@ -227,7 +249,10 @@ def _number(label: str | float | tuple[str, ...]) -> float | None:
 
 
 def _names(label: str | float | tuple[str, ...]) -> tuple[str, ...]:
-    return label if isinstance(label, tuple) else (str(label),)
+    if isinstance(label, tuple):
+        return label
+    # 1 and 1.0 are one label.
+    return (str(int(label) if isinstance(label, float) and label.is_integer() else label),)
 
 
 def _order(name: str) -> tuple[int, float, str]:

@@ -90,7 +90,7 @@ def _messages(value: Any, role: str, column: str) -> list[Message]:
 
 
 def _whole(asked: list[Message], answer: list[Message]) -> list[Message]:
-    return answer if answer[: len(asked)] == asked else asked + answer
+    return answer if len(answer) > len(asked) and answer[: len(asked)] == asked else asked + answer
 
 
 def _check_answer(messages: Sequence[Message], column: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
@@ -73,11 +73,13 @@ class TwoSplit(Split):
         rows: the better and the worse answer with their prompt; or an answer, and the same prompt with an answer to another one.
         labels: [rows] the margin of each pair; or 1 for wanted answers and 0 for others.
         reference: [rows, 2] log-probabilities of the answers under the base, once they are known.
+        prompts: the better answer's prompt is learned too.
     """
 
     rows: list[Two]
     labels: Floats
     reference: Floats | None = None
+    prompts: bool = False
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -92,7 +94,7 @@ class TwoSplit(Split):
 
 @dataclass
 class Fitted(Generic[J]):
-    """Rows that fit. ``truncated``: how many were cut; ``same``, ``too_long``, ``unsupervised``: places of those left out."""
+    """Rows that fit. ``truncated``: how many were cut; ``same``, ``too_long``, ``unsupervised``, ``faulty``: places of those left out."""
 
     items: list[J] = field(default_factory=list)
     rows: list[Two] = field(default_factory=list)
@@ -100,10 +102,11 @@ class Fitted(Generic[J]):
     same: list[str] = field(default_factory=list)
     too_long: list[str] = field(default_factory=list)
     unsupervised: list[str] = field(default_factory=list)
+    faulty: list[str] = field(default_factory=list)
 
     @property
     def dropped(self) -> list[str]:
-        return [*self.same, *self.too_long, *self.unsupervised]
+        return [*self.same, *self.too_long, *self.unsupervised, *self.faulty]
 
 
 class _TwoRows(RowKind[Fitted[J]]):
@@ -164,6 +167,7 @@ class _TwoRows(RowKind[Fitted[J]]):
             stop_ids=(self.tokenizer.eos_token_id,),
             rows=fitted.rows,
             labels=self.labels(fitted.items),
+            prompts=self.config.train_on == "all",
         )
 
     @abstractmethod
@@ -182,8 +186,15 @@ class _TwoRows(RowKind[Fitted[J]]):
         )
         return {**vars(plain), "rows": len(fitted.rows)}
 
-    def _encoder(self) -> Encoder:
-        return Encoder(self.tokenizer, "completions")
+    def _tokenized(self, items: Sequence[J], found: Fitted[J], *texts: Callable[[J], TextItem]) -> Iterator[tuple[J, list[Encoded]]]:
+        """Each item with its texts in tokens; one of which a text cannot be rendered is a fault, or goes as ``on_error`` says."""
+        encoder, before = Encoder(self.tokenizer, "completions"), len(self.skipped)
+        tables = [encoder.encode([text(item) for item in items], faults=self.faults()) for text in texts]
+        found.faulty = sorted({origin for origin, _ in self.skipped[before:]})
+        faulty = set(found.faulty)
+        kept = [item for item in items if item.origin not in faulty]
+        columns = [[row for row in rows if row.origin not in faulty] for rows in tables]
+        return ((item, list(rows)) for item, *rows in zip(kept, *columns, strict=True))
 
     def _too_long(self, row: Encoded, max_length: int, faults: Faults) -> bool:
         """Whether a longer row has to go; with ``error`` it is a fault."""
@@ -221,10 +232,8 @@ class PreferenceRows(_TwoRows[Preference]):
         return super().begin(base_dir)
 
     def _encode(self, items: Sequence[Preference], max_length: int) -> Fitted[Preference]:
-        encoder, found, faults = self._encoder(), Fitted[Preference](), Faults()
-        chosen = encoder.encode([answered(item.prompt, item.chosen, item.origin, item.tools) for item in items])
-        rejected = encoder.encode([answered(item.prompt, item.rejected, item.origin, item.tools) for item in items])
-        for item, one, other in zip(items, chosen, rejected, strict=True):
+        found, faults = Fitted[Preference](), Faults()
+        for item, (one, other) in self._tokenized(items, found, _chosen, _rejected):
             longest = max(one, other, key=lambda row: len(row.input_ids))
             if _same(one, other):
                 found.same.append(item.origin)
@@ -285,9 +294,8 @@ class JudgedRows(_TwoRows[Judged]):
         return found
 
     def _encode(self, items: Sequence[Judged], max_length: int) -> Fitted[Judged]:
-        encoder, found, faults = self._encoder(), Fitted[Judged](), Faults()
-        kept = []
-        for item, row in zip(items, encoder.encode([_text(item, item) for item in items]), strict=True):
+        found, faults, kept = Fitted[Judged](), Faults(), []
+        for item, (row,) in self._tokenized(items, found, lambda item: _text(item, item)):
             if self._too_long(row, max_length, faults):
                 found.too_long.append(item.origin)
                 continue
@@ -299,7 +307,8 @@ class JudgedRows(_TwoRows[Judged]):
             kept.append(short)
             found.truncated += short.truncated
         faults.raise_if_any()
-        others = encoder.encode([_text(item, other) for item, other in zip(found.items, _others(found.items), strict=True)])
+        mixed = [_text(item, other) for item, other in zip(found.items, _others(found.items), strict=True)]
+        others = Encoder(self.tokenizer, "completions").encode(mixed)
         found.rows = [(own, self._shorter(other, max_length)) for own, other in zip(kept, others, strict=True)]
         return found
 
@@ -321,6 +330,14 @@ def _answers_only() -> DataError:
 
 def _same(one: Encoded, other: Encoded) -> bool:
     return np.array_equal(one.input_ids, other.input_ids)
+
+
+def _chosen(item: Preference) -> TextItem:
+    return answered(item.prompt, item.chosen, item.origin, item.tools)
+
+
+def _rejected(item: Preference) -> TextItem:
+    return answered(item.prompt, item.rejected, item.origin, item.tools)
 
 
 def _text(prompt: Judged, answer: Judged) -> TextItem:

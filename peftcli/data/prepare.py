@@ -17,7 +17,7 @@ from peftcli.data.kinds import RowKind
 from peftcli.data.neutral import Item, is_rendered, keys
 from peftcli.data.readers import Reading
 from peftcli.data.sampling import Keys, Places, hold_out, repeats, weigh
-from peftcli.data.sources import FileSource, Role, Source, open_source, read_source, stop_at
+from peftcli.data.sources import FileSource, Role, Source, SourceRows, open_source, read_source, stop_at
 from peftcli.data.splits import GenerationExample, Split, SplitCounts
 from peftcli.data.stream import Job, StoredRows, store_rows
 from peftcli.data.templates import has_template
@@ -81,7 +81,7 @@ class _Loader:
         """Rows in memory. ``opened``: the source, where it was found before."""
         before = len(self.kind.skipped)
         opened = opened or open_source(source, base_dir=self.base_dir, role=role)
-        read = read_source(opened, stop_at(source, limit), skip=self.config.on_error == "skip")
+        read = self._read(source, opened, stop_at(source, limit))
         self.kind.skipped.extend(read.skipped)
         self.notes.extend(read.notes)
         converter = self._converter(source, list(dict.fromkeys(name for row in read.rows for name in row.values)))
@@ -95,8 +95,9 @@ class _Loader:
         config, faults = self.config, self.kind.faults()
         self.notes.extend(opened.notes)
         first = list(islice(opened.rows(Faults(skip=True), []), _LOOKED_AT))
-        named = list(dict.fromkeys(name for row in first for name in row.values))
-        converter = self._converter(source, named, whole=False) if first else Converter("text", {}, chat=False)
+        if not first:
+            self._read(source, opened, None)
+        converter = self._converter(source, list(dict.fromkeys(name for row in first for name in row.values)), whole=False)
         reading = opened.reading if isinstance(opened, FileSource) else Reading()
         job = Job(self.tokenizer, reading, converter, config.train_on, self.limit, config.truncation)
         stop = stop_at(source, limit)
@@ -107,6 +108,13 @@ class _Loader:
         if stored.again:
             self.notes.append(f"{source.path}: the tokens were taken from the cache ({stored.store.folder.name})")
         return stored
+
+    def _read(self, source: SourceSection, opened: Source, stop: int | None) -> SourceRows:
+        read = read_source(opened, stop, skip=self.config.on_error == "skip")
+        if not read.rows and read.skipped:
+            origin, reason = read.skipped[0]
+            raise DataError(f"{source.path}: no row of it can be read; the first of {len(read.skipped)} faults is {origin}: {reason}")
+        return read
 
     def large(self, opened: Sequence[Source]) -> bool:
         """Whether the training rows are to be read as a stream."""
@@ -132,11 +140,11 @@ class _Loader:
         if empty:
             first = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
             self.notes.append(f"{source.path}: dropped {len(empty)} rows whose answer is empty ({first})")
-        # Without a template an alpaca row's system prompt stands in its text.
+        # Without a template a system prompt stands in the text of the rows that can have one.
         plain, format = self.kind.plain, converter.format
-        idle = ("chat_template",) if plain and format == "alpaca" else ("chat_template", "system")
+        idle = ("chat_template",) if plain and (rendered or format == "alpaca") else ("chat_template", "system")
         unused = [f"dataset.{name}" for name in idle if getattr(self.config, name)]
-        if unused and not rendered and (format != "alpaca" or plain):
+        if unused and (plain or not (rendered or format == "alpaca")):
             self.notes.append(f"{source.path}: the rows are raw text ({format}), so {' and '.join(unused)} has no influence on them")
 
     def max_length(self, max_positions: int | None) -> int:
@@ -169,10 +177,10 @@ def prepare(kind: RowKind[Any], *, base_dir: Path, seed: int, max_positions: int
         raise _none_left("training", kind)
     train, make_audit = _training(kind, rows, loader)
     evaluation: Split | None = None
-    facts = {"duplicates": rows.duplicates}
+    leaked = (0, 0)
     if rows.held_out is not None:
         eval_fitted = _encode_held_out(kind, rows.held_out, loader)
-        facts |= _leaks(rows, rows.held_out, loader.notes)
+        leaked = _leaks(rows, rows.held_out, loader.notes)
         kind.audit(eval_fitted, rows.eval_left_out, ())
         evaluation = kind.split(eval_fitted, rows.eval_left_out, held_out=True)
     if kind.skipped:
@@ -180,7 +188,8 @@ def prepare(kind: RowKind[Any], *, base_dir: Path, seed: int, max_positions: int
         kind.skipped[:] = dict.fromkeys(kind.skipped)
         origin, reason = kind.skipped[0]
         loader.notes.append(f"skipped {len(kind.skipped)} faulty rows (dataset.on_error: skip), the first one {origin}: {reason}")
-    audit = replace(make_audit(), skipped=len(kind.skipped), **facts)
+    counts = {"skipped": len(kind.skipped), "duplicates": rows.duplicates, "leaked_rows": leaked[0], "leaked_inputs": leaked[1]}
+    audit = replace(make_audit(), **counts)  # type: ignore[arg-type]
     return Prepared(train, evaluation, audit, loader.files, kind.skipped)
 
 
@@ -195,8 +204,8 @@ def _training(kind: RowKind[Any], rows: _Divided, loader: _Loader) -> tuple[Spli
     return kind.split(fitted, rows.left_out, held_out=False), lambda: kind.audit(fitted, rows.left_out, loader.notes)
 
 
-def _leaks(rows: _Divided, held_out: Sequence[Item], notes: list[str]) -> dict[str, int]:
-    """Held-out rows that the training rows hold as well, whole or with another answer."""
+def _leaks(rows: _Divided, held_out: Sequence[Item], notes: list[str]) -> tuple[int, int]:
+    """How many held-out rows the training rows hold as well: whole, and with any answer."""
     held = np.array([keys(item) for item in held_out], np.uint64)
     whole = np.isin(held[:, 0], rows.of_chosen("keys"))
     asked = (np.isin(held[:, 1], rows.of_chosen("inputs")) & (held[:, 1] != 0)) | whole
@@ -205,7 +214,7 @@ def _leaks(rows: _Divided, held_out: Sequence[Item], notes: list[str]) -> dict[s
         notes.append(f"{both} of {len(held_out)} held-out rows stand in the training rows as well, word for word")
     if more:
         notes.append(f"{more} of {len(held_out)} held-out rows ask what a training row asks, word for word, with another answer")
-    return {"leaked_rows": both, "leaked_inputs": both + more}
+    return both, both + more
 
 
 def prepare_eval(kind: RowKind[Any], *, base_dir: Path, seed: int, max_positions: int | None = None) -> Split:

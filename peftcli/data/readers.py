@@ -42,6 +42,35 @@ class Row:
     origin: str
 
 
+_ABSENT = object()
+
+
+def cell(values: dict[str, Any], name: str) -> Any:
+    """The value of a column, ``None`` where it is absent. A dot leads into it: ``instances.0.output``."""
+    found = _inside(values, name)
+    return None if found is _ABSENT else found
+
+
+def has_cell(values: dict[str, Any], name: str) -> bool:
+    """Whether :func:`cell` finds something."""
+    return _inside(values, name) is not _ABSENT
+
+
+def _inside(values: dict[str, Any], name: str) -> Any:
+    if name in values:
+        return values[name]
+    first, *steps = name.split(".")
+    found: Any = values.get(first, _ABSENT) if steps else _ABSENT
+    for step in steps:
+        if isinstance(found, dict) and step in found:
+            found = found[step]
+        elif isinstance(found, list) and step.isdecimal() and int(step) < len(found):
+            found = found[int(step)]
+        else:
+            return _ABSENT
+    return found
+
+
 def kind_of(path: Path) -> str | None:
     """The format's suffix such as ``".jsonl"``, with ``.gz`` taken off; ``None`` for a file that is not read."""
     name = path.name.lower().removesuffix(".gz")
@@ -71,7 +100,9 @@ class Reading:
         return ".csv" if self.delimiter is not None else kind_of(path)
 
 
-def read_file(path: Path, shown: str, faults: Faults, reading: Reading | None = None, *, only: Container[int] | None = None) -> Iterator[Row]:
+def read_file(
+    path: Path, shown: str, faults: Faults, reading: Reading | None = None, *, only: Container[int] | None = None
+) -> Iterator[Row]:
     """The rows of a file in its order.
 
     Args:
@@ -124,14 +155,18 @@ def _open(path: Path) -> IO[bytes]:
 def _decode(raw: bytes, place: str, faults: Faults, encoding: str) -> str | None:
     """The text of a line or a file, or ``None`` after noting why not."""
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")) and encoding == "utf-8":
-        faults.add("the text is UTF-16, not UTF-8", at=place, hint="convert it first, for example: iconv -f UTF-16 -t UTF-8 FILE > NEW_FILE")
+        faults.add(
+            "the text is UTF-16, not UTF-8", at=place, hint="convert it first, for example: iconv -f UTF-16 -t UTF-8 FILE > NEW_FILE"
+        )
         return None
     try:
         text = raw.decode(encoding)
     except UnicodeDecodeError as error:
         line_start = raw.rfind(b"\n", 0, error.start) + 1
         name = "UTF-8" if encoding == "utf-8" else encoding
-        faults.add(f"byte 0x{raw[error.start]:02X} (byte {error.start - line_start + 1} of the line) is not {name}", at=place, hint=_ENCODING)
+        faults.add(
+            f"byte 0x{raw[error.start]:02X} (byte {error.start - line_start + 1} of the line) is not {name}", at=place, hint=_ENCODING
+        )
         return None
     if "\0" in text:
         before = len(text[: text.index(chr(0))].encode(encoding))

@@ -16,7 +16,7 @@ import numpy as np
 from peftcli.data.audit import Audit
 from peftcli.data.faults import Faults
 from peftcli.data.kinds import ORIGINS_KEPT, RowKind
-from peftcli.data.neutral import Completion, Item
+from peftcli.data.neutral import Completion, Conversation, Item
 from peftcli.data.splits import GenerationExample, PairSplit, SplitCounts
 from peftcli.data.tokenize import Ids
 from peftcli.errors import DataError
@@ -122,13 +122,11 @@ class Seq2SeqRows(RowKind[Pairs]):
                     continue
                 if len(source) > max_length:
                     found.sources_cut.append(len(found.items))
-                    source = self._cut(row.prompt, max_length)
                 if len(target) > limit:
                     found.targets_cut.append(len(found.items))
-                    target = target[:limit]
                 found.items.append(row)
-                found.sources.append(np.asarray(source, dtype=np.int32))
-                found.targets.append(np.asarray(target, dtype=np.int32))
+                found.sources.append(np.asarray(self._cut(row.prompt, max_length) if len(source) > max_length else source, dtype=np.int32))
+                found.targets.append(np.asarray(target[:limit], dtype=np.int32))
         faults.raise_if_any()
         if not found.items:
             raise DataError(f"none of {len(rows)} rows fits into dataset.max_length {max_length}", hint="raise it, or cut rows: keep_start")
@@ -148,13 +146,14 @@ class Seq2SeqRows(RowKind[Pairs]):
         if ended < len(whole):
             raise DataError(f"label audit: the end of the target carries no loss in {len(whole) - ended} of {len(whole)} complete rows")
         shown = next((row for row in range(len(fitted.items)) if row not in cut), 0)
+        example = pair_text(fitted.sources[shown], fitted.targets[shown], self.tokenizer)
         return PairAudit(
             rows=len(fitted.items),
             tokens=supervised + read,
             truncated=fitted.truncated,
             dropped=len(empty) + len(fitted.too_long),
             notes=tuple(notes),
-            example=tuple((_shortened(text), learned) for text, learned in pair_text(fitted.sources[shown], fitted.targets[shown], self.tokenizer)),
+            example=tuple((_shortened(text), learned) for text, learned in example),
             example_origin=fitted.items[shown].origin,
             supervised_tokens=supervised,
             source_tokens=read,
@@ -173,9 +172,7 @@ class Seq2SeqRows(RowKind[Pairs]):
         ]
         return PairSplit(
             origins=[item.origin for item in fitted.items],
-            counts=SplitCounts(
-                len(lengths), sum(lengths), sum(map(len, fitted.targets)), fitted.truncated, len(dropped), max(lengths)
-            ),
+            counts=SplitCounts(len(lengths), sum(lengths), sum(map(len, fitted.targets)), fitted.truncated, len(dropped), max(lengths)),
             dropped_origins=dropped[:ORIGINS_KEPT],
             input_ids=fitted.sources,
             target_ids=fitted.targets,
@@ -185,14 +182,17 @@ class Seq2SeqRows(RowKind[Pairs]):
 
     def _pairs(self, items: Sequence[Item]) -> list[Completion]:
         """Raises:
-        DataError: up to ten rows that are conversations.
+        DataError: up to ten rows that are more than a text and its answer.
         """
-        faults = Faults(hint="name columns of plain text: dataset.columns: {source: ..., target: ...}")
+        faults, found = Faults(hint="keep one question and its answer of each, or train a chat model: task: causal_lm"), []
         for item in items:
-            if not isinstance(item, Completion):
-                faults.add(f"{item.origin}: messages, where an encoder-decoder learns a text from a text")
+            pair = _as_pair(item)
+            if pair is None:
+                faults.add(f"{item.origin}: an encoder-decoder learns one answer to one text, and this is more of a conversation")
+            else:
+                found.append(pair)
         faults.raise_if_any()
-        return [item for item in items if isinstance(item, Completion)]
+        return found
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         ids: list[list[int]] = self.tokenizer(texts, verbose=False)["input_ids"]
@@ -215,11 +215,22 @@ class Seq2SeqRows(RowKind[Pairs]):
         return ids
 
 
+def _as_pair(item: Item) -> Completion | None:
+    """A row as source and target; of a conversation one question (below a system prompt, where there is one) and its answer."""
+    if isinstance(item, Completion):
+        return item
+    if not isinstance(item, Conversation) or item.tools or any(message.tool_calls or message.reasoning for message in item.messages):
+        return None
+    *asked, answer = item.messages
+    roles = [message.role for message in asked]
+    if roles not in (["user"], ["system", "user"], ["developer", "user"]) or answer.role != "assistant":
+        return None
+    return Completion("\n\n".join(message.content for message in asked), answer.content, item.origin, asked[-1].content)
+
+
 def pair_text(source: Ids, target: Ids, tokenizer: Any) -> list[tuple[str, bool]]:
     """A pair of token ids as text, in runs of (text, whether it is learned)."""
-    one, other = (
-        tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False) for ids in (source, target)
-    )
+    one, other = (tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False) for ids in (source, target))
     return [(f"{one} → ", False), (other, True)]
 
 

@@ -67,18 +67,23 @@ class Writer:
     def append(self, block: Block) -> None:
         """Write one block behind the others."""
         for name, stream in self.files.items():
-            data = memoryview(np.ascontiguousarray(getattr(block, name))).cast("B")
+            data = np.ascontiguousarray(getattr(block, name)).tobytes()
             self.sums[name] = zlib.crc32(data, self.sums[name])
             stream.write(data)
+
+    def abandon(self) -> None:
+        """Close the files without finishing the folder."""
+        for stream in self.files.values():
+            stream.close()
 
     def close(self, facts: dict[str, Any]) -> None:
         """Finish the folder; ``facts`` are kept in the manifest."""
         sizes = {}
-        for name, stream in self.files.items():
-            sizes[name] = stream.tell()
-            stream.flush()
-            os.fsync(stream.fileno())
-            stream.close()
+        for name, file in self.files.items():
+            sizes[name] = file.tell()
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
         body = json.dumps({"format": _FORMAT, "sizes": sizes, "sums": self.sums, "facts": facts}, ensure_ascii=True)
         with (self.folder / _MANIFEST).open("w", encoding="ascii") as stream:
             stream.write(f"{zlib.crc32(body.encode())}\n{body}\n")
@@ -167,11 +172,12 @@ def open_or_build(key: str, build: Callable[[Writer], dict[str, Any]]) -> tuple[
                 shutil.rmtree(folder, ignore_errors=True)
             _sweep(home)
             made = Path(tempfile.mkdtemp(prefix=".new-", dir=home))
+            writer = Writer(made)
             try:
-                writer = Writer(made)
                 writer.close(build(writer))
                 made.rename(folder)
             except BaseException:
+                writer.abandon()
                 shutil.rmtree(made, ignore_errors=True)
                 raise
             return Store(folder), False

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, NamedTuple, TypeVar, overload
 
 import numpy as np
+import numpy.typing as npt
 
 from peftcli.data import store
 from peftcli.data.kinds import ORIGINS_KEPT
@@ -62,7 +63,7 @@ class StoredText(TextSplit):
     """
 
     stores: Sequence[Store] = field(kw_only=True)
-    source: Places = field(kw_only=True)
+    source: npt.NDArray[np.int16] = field(kw_only=True)
     piece: Places = field(kw_only=True)
     found: Found = field(kw_only=True)
 
@@ -90,8 +91,8 @@ class StoredText(TextSplit):
             for stored, places in zip(stores, chosen, strict=True):
                 part = stored.rows[places]
                 times = part["lost"] if state == store.KEPT else part["state"] == state
-                for place in np.repeat(places, times)[: ORIGINS_KEPT - len(dropped)]:
-                    dropped.append(stored.origin(int(place)))
+                left = ORIGINS_KEPT - len(dropped)
+                dropped.extend(stored.origin(int(place)) for place in np.repeat(places, times)[:left])
         ends = set(np.unique(records["end"]).tolist()) - {-1}
         return cls(
             origins=Lazy(count, lambda place: stores[source[place]].origin(int(row[place]))),
@@ -123,7 +124,7 @@ class StoredText(TextSplit):
         )
 
     @cached_property
-    def lengths(self) -> Sequence[int]:  # type: ignore[override]
+    def lengths(self) -> Sequence[int]:
         return self._of_pieces("tokens")
 
     @cached_property

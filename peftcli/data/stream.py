@@ -313,23 +313,27 @@ def _line_chunks(path: Path, shown: str, number: int, faults: Faults) -> Iterato
             faults.add("the file has no rows", at=shown)
 
 
-_worker: _Tokenizing | None = None
+# In a worker process: its one instance.
+_workers: list[_Tokenizing] = []
 
 
 def _begin(job: Job) -> None:
     """In a new process: be ready for chunks, leave Ctrl-C to the parent, and end with it."""
-    global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _workers.append(_Tokenizing(job))
+
+
+def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    _worker = _Tokenizing(job)
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(chunk: _Chunk) -> _Done:
-    assert _worker is not None
-    return _worker(chunk)
+    return _workers[0](chunk)
 
 
 def _ordered(job: Job, chunks: Iterator[_Chunk], processes: int) -> Iterator[_Done]:
@@ -355,4 +359,3 @@ def _ordered(job: Job, chunks: Iterator[_Chunk], processes: int) -> Iterator[_Do
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
-

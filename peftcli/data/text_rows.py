@@ -91,7 +91,9 @@ class TextRows(RowKind[Fitted]):
         self, pools: Sequence[StoredRows], chosen: Sequence[Places], *, max_length: int, notes: list[str]
     ) -> tuple[StoredText, Callable[[], TextAudit]]:
         parts = [pool.usable[places] for pool, places in zip(pools, chosen, strict=True)]
-        split = StoredText.of([pool.store for pool in pools], parts, [o for pool in pools for o in pool.left_out], self.tokenizer.eos_token_id)
+        split = StoredText.of(
+            [pool.store for pool in pools], parts, [o for pool in pools for o in pool.left_out], self.tokenizer.eos_token_id
+        )
         found = split.found
         if not len(split.origins):
             raise nothing_left(found.rows, max_length, found.too_long, found.unsupervised)

@@ -251,6 +251,12 @@ def apply_adapter(model: nn.Module, adapter: AdapterFile, ctx: Context | None = 
     ctx = replace(ctx, new_token_ids=adapter.new_token_ids, new_token_layers=layers, from_file=True)
     try:
         method = as_peft_means(adapter.method, adapter.fields, model)
+        if "num_virtual_tokens" in adapter.fields:  # those methods have no option for it
+            saved = tuple(adapter.fields.get("modules_to_save") or ())
+            there = [
+                name for name, module in model.named_modules() if saved and name.endswith(saved) and any(True for _ in module.parameters())
+            ]
+            ctx = replace(ctx, fresh=tuple(dict.fromkeys([*ctx.fresh, *there])))
         applied = method.apply(model, ctx)
     except (UsageError, re.error) as error:
         raise CheckpointError(f"{adapter.folder / CONFIG} does not fit the model: {error}") from None

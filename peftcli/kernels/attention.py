@@ -9,6 +9,7 @@ The plain reference (:func:`reference_attention`) builds the block-diagonal mask
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,14 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftcli.errors import UsageError
+from peftcli.kernels import fast
 
 NAME = "peftcli_packed"
 # A rectangle may be this much larger than its tokens before a new one is begun: a call costs about as much as that waste.
 _WASTE = 1.25
-# Rows up to this many tokens take plain products on the CPU. Measured on two cores with AMX, forward and backward, heads 9/3
-# of width 64: in bfloat16 8 rows of 75 tokens take 6 ms instead of 23, 4 of 256 take 14 instead of 19, and the advantage
-# ends at 384; in float32 it ends at about 100.
-_SHORT = {torch.bfloat16: 256, torch.float32: 96, torch.float64: 96}
+# Queries in one block of plain products.
+_BLOCK = 96
+# Rows up to this many tokens take plain products on the CPU: (causal, in both directions). Measured on a core with AVX512-BF16, forward and
+# backward, heads 9/3 of width 64: in bfloat16 8 rows of 192 tokens take 23 ms instead of 48, 4 of 384 take 30 instead of 75, 2 of 1024 take
+# 94 instead of 182; in float32 4 of 384 take 55 instead of 71, and shorter rows as long as before. Without a mask to save work at, the
+# advantage ended at 384 in bfloat16 and at about 100 in float32 (on two cores with AMX).
+_SHORT = {torch.bfloat16: (1024, 256), torch.float32: (512, 96), torch.float64: (512, 96)}
 
 
 @dataclass(frozen=True)
@@ -199,7 +204,8 @@ def packed_attention(
                 for x in (q, k, v)
             ]
         mask = None if causal or rectangle.valid is None else rectangle.valid[:, None, None, :]
-        short = query.device.type == "cpu" and longest <= _SHORT.get(query.dtype, 0) and dropout == 0.0
+        limit = _SHORT.get(query.dtype, (0, 0))[0 if causal else 1] if query.device.type == "cpu" and dropout == 0.0 else 0
+        short = longest <= limit and fast.take("attention of short rows by plain products")
         extra = 0
         if prefix is not None:
             parts, mask, extra = _with_prefix(parts, mask, prefix, square=causal and not short)
@@ -236,22 +242,59 @@ def _with_prefix(
     return [query, key, value], mask, count if square else 0
 
 
+class _Products(torch.autograd.Function):
+    """Attention by plain products. Queries are [rows, key-value heads, heads for each, length, width], keys and values [rows, key-value
+    heads, keys, width]. Causal rows go in blocks of queries, each against the keys up to its end only: what a causal mask would hide is
+    mostly not computed. The softmax's weights are kept, and nothing else that is square."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, causal: bool, scaling: float) -> Tensor:
+        length, extra = query.shape[3], key.shape[2] - query.shape[3]
+        count = max(1, round(length / _BLOCK)) if causal else 1
+        edges = [length * i // count for i in range(count + 1)]
+        out = query.new_empty(*query.shape[:4], value.shape[3])
+        kept = []
+        for start, end in itertools.pairwise(edges):
+            some, seen = (query[:, :, :, start:end] * scaling).flatten(2, 3), extra + end if causal else key.shape[2]
+            scores = some @ key[:, :, :seen].transpose(-1, -2)
+            each = scores.view(*query.shape[:3], end - start, seen)
+            if causal:
+                later = torch.full((end - start, end - start), float("-inf"), dtype=scores.dtype, device=scores.device).triu_(1)
+                each[..., extra + start :] += later
+            elif hidden is not None:
+                each += hidden
+            weights = scores.softmax(-1)
+            out[:, :, :, start:end] = (weights @ value[:, :, :seen]).view_as(out[:, :, :, start:end])
+            kept += [some, weights]
+        ctx.save_for_backward(key, value, *kept)
+        ctx.edges, ctx.shape, ctx.scaling = edges, query.shape, scaling
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        key, value, *kept = ctx.saved_tensors
+        for_query, for_key, for_value = grads[0].new_empty(ctx.shape), torch.zeros_like(key), torch.zeros_like(value)
+        for index, (start, end) in enumerate(itertools.pairwise(ctx.edges)):
+            some, weights = kept[2 * index : 2 * index + 2]
+            seen, grad = weights.shape[-1], grads[0][:, :, :, start:end].flatten(2, 3)
+            scores = torch._softmax_backward_data(grad @ value[:, :, :seen].transpose(-1, -2), weights, -1, weights.dtype)
+            for_query[:, :, :, start:end] = (scores @ key[:, :, :seen]).view_as(for_query[:, :, :, start:end]) * ctx.scaling
+            for_key[:, :, :seen] += scores.transpose(-1, -2) @ some
+            for_value[:, :, :seen] += weights.transpose(-1, -2) @ grad
+        return for_query, for_key, for_value, None, None, None
+
+
 def _short_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, causal: bool) -> Tensor:
     """[rows, heads, longest, width] by plain products. On the CPU the fused kernel's backward pass costs more than these
     for short rows; query heads that share a key-value head are one taller matrix, so nothing is repeated."""
     rows, heads, longest, width = query.shape
-    shared, keys = key.shape[1], key.shape[2]
-    tall = query.reshape(rows, shared, heads // shared * longest, width)
-    scores = (tall @ key.transpose(-1, -2)).view(rows, heads, longest, keys)
-    if causal:
-        hidden = torch.full((longest, keys), float("-inf"), dtype=scores.dtype, device=scores.device).triu_(1 + keys - longest)
-    elif mask is not None:
-        hidden = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device).masked_fill_(~mask, float("-inf"))
-    else:
-        hidden = None
-    scores = scores * scaling if hidden is None else torch.add(hidden, scores, alpha=scaling)
-    weights = scores.softmax(-1).view(rows, shared, heads // shared * longest, keys)
-    return (weights @ value).view(rows, heads, longest, -1)
+    shared = key.shape[1]
+    hidden = None
+    if mask is not None and not causal:
+        hidden = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(~mask, float("-inf")).unsqueeze(2)
+    each = query.reshape(rows, shared, heads // shared, longest, width)
+    out: Tensor = _Products.apply(each, key.contiguous(), value.contiguous(), hidden, causal, scaling)  # type: ignore[no-untyped-call]
+    return out.view(rows, heads, longest, -1)
 
 
 def reference_attention(

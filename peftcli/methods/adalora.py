@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from peftcli.methods.base import Caps, Context, MethodConfig, PeftFormat, Tick
 from peftcli.methods.fields import module_fields, module_options, refuse, whole_number
 from peftcli.methods.kinds import AdapterLayer, LayerMethod, features
+from peftcli.methods.lora_layers import beside
 from peftcli.methods.rank_budget import RankBudget
 
 
@@ -77,9 +77,7 @@ class AdaLoraLayer(AdapterLayer):
         self.dropout = nn.Dropout(dropout) if dropout > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.base(x)
-        narrow, wide = (self.lora_A * self.lora_E).to(x.dtype), self.lora_B.to(x.dtype)
-        return result + (F.linear(F.linear(self.dropout(x), narrow), wide) * self.scaling).to(result.dtype)
+        return beside(self.base, x, self.dropout(x), self.lora_A * self.lora_E, self.lora_B, self.scaling)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + (self.lora_B.to(weight) @ (self.lora_A * self.lora_E).to(weight)) * self.scaling, bias

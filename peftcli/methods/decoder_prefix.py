@@ -18,17 +18,23 @@ from torch import Tensor, nn
 from peftcli.errors import CheckpointError, UsageError
 from peftcli.kernels.attention import Prefix
 from peftcli.methods.prompts import PromptedLayers
+from peftcli.methods.targets import classification_heads
 
 
 class PromptedDecoder(PromptedLayers):
     """As :class:`PromptedLayers`, for an encoder-decoder.
 
     Raises:
-        UsageError: the decoder's attention is not that of T5.
+        UsageError: the decoder's attention is not that of T5, or the model judges texts and writes none.
     """
 
     def __init__(self, base: nn.Module, values: Tensor | None, encoder: nn.Module | None, layers: int, heads: int) -> None:
         super().__init__(base, values, encoder, layers, heads)
+        if classification_heads(base):
+            raise UsageError(
+                f"{type(base).__name__} judges texts, and no file format has the prefix of an encoder-decoder that does",
+                hint="choose a method that does not depend on the attention, such as lora.",
+            )
         found = [module for module in cast(Any, base).get_decoder().modules() if _takes_prefix(module)]
         if len(found) != layers:
             raise UsageError(
@@ -75,7 +81,7 @@ def _takes_prefix(module: nn.Module) -> bool:
     return getattr(module, "is_causal", False) and hasattr(module, "compute_bias") and {"mask", "past_key_values"} <= asks.keys()
 
 
-def _put_in_front(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def _put_in_front(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     prefix: Prefix | None = kwargs.pop("prefix_states", None)
     if prefix is None:
         return None

@@ -51,6 +51,11 @@ def look_at_data(model: nn.Module, before: Mapping[str, tuple[int, float]], opti
         UsageError: a layer sees no training row, or what it sees cannot be told from padding.
         CheckpointError: the checkpoint's ranks are those of other layers.
     """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UsageError(
+            "method.init_lora_weights: eva tells tokens from padding by one mask, and an encoder-decoder has rows of two kinds",
+            hint="take another start, such as default or pissa.",
+        )
     layers = [name for name in before if not isinstance(model.get_submodule(name), nn.Embedding)]
     starts: dict[str, Tensor] = {}
     if RANKS in ctx.resumed:

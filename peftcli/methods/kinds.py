@@ -149,6 +149,12 @@ def train_new_tokens(model: Any, ctx: Context, whole: Collection[str] = ()) -> N
     for module in (embedding, head):
         if module is None or (name := names[id(module)]) in whole:
             continue
+        if model.config.is_encoder_decoder:
+            raise UsageError(
+                "base_model.new_tokens: the encoder and the decoder each have the embeddings of an encoder-decoder, and their new rows cannot "
+                "be trained by themselves",
+                hint="train all of them, with method full, or write the texts with the tokens that are there.",
+            )
         follows = tied and shared is not None
         if ctx.new_token_layers is None or follows or any(name.endswith(end) for end in ctx.new_token_layers):
             rows = NewTokens(module, ids, shared=shared if tied else None)
@@ -244,8 +250,10 @@ class LayerMethod(Method[C]):
 
     def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
         names = self.target_names(model)
-        saved = whole_modules(model, getattr(self.config, "modules_to_save", ()))
-        whole = list(dict.fromkeys([*saved, *new_modules(model, ctx)]))
+        saved, new = whole_modules(model, getattr(self.config, "modules_to_save", ())), new_modules(model, ctx)
+        if getattr(self.config, "target_modules", None) == targets.ALL_LINEAR:
+            names = [name for name in names if not name.startswith(tuple(f"{outer}." for outer in new))]
+        whole = list(dict.fromkeys([*saved, *new]))
         both = sorted(name for name in names if any(name == outer or name.startswith(f"{outer}.") for outer in whole))
         if both:
             raise UsageError(f"method.modules_to_save: {', '.join(both)} is also adapted by target_modules; choose one of the two")

@@ -136,6 +136,7 @@ class Loha(LayerMethod[LohaConfig]):
     costs = "More compute: the update of each layer is formed at its full size in every step."
     choose = "A low rank of LoRA is the limit and more parameters are not wanted; styles of image models are its home."
     caps = Caps(mergeable=True, quantized_base=True, identity_at_init=True)
+    recommended: ClassVar[dict[str, object]] = {"train.learning_rate": 1e-3}
     peft = PeftFormat("LOHA", {"trainable_tokens_delta": "token_adapter.trainable_tokens_delta"})
 
     def make_layer(self, name: str, base: nn.Module, ctx: Context) -> AdapterLayer:

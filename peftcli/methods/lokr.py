@@ -91,6 +91,7 @@ class Lokr(LayerMethod[LokrConfig]):
     costs = "The blocks repeat themselves across the matrix, in sizes that depend on the layer's divisors; slower to converge than LoRA."
     choose = "The smallest file that still changes every weight; raise the rank, or lower the factor, where it underfits."
     caps = Caps(mergeable=True, quantized_base=True, identity_at_init=True)
+    recommended: ClassVar[dict[str, object]] = {"train.learning_rate": 1e-3}
     # A narrow layer holds its blocks whole, whatever the rank says.
     peft = PeftFormat("LOKR", {"trainable_tokens_delta": "token_adapter.trainable_tokens_delta"}, rank_is_size=False)
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftcli.kernels import fast
+from peftcli.kernels.low_rank import low_rank_linear
 from peftcli.methods.kinds import AdapterLayer, features
 from peftcli.quantization import dense_weight, is_quantized
 
@@ -60,9 +62,7 @@ class LoraLayer(LowRankLayer):
         return self.lora_A, self.lora_B
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.base(x)
-        narrow, wide = self.factors()
-        return add_low_rank(result, self.dropout(x), narrow, wide, self.scaling)
+        return beside(self.base, x, self.dropout(x), *self.factors(), self.scaling)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         narrow, wide = self.factors()
@@ -75,6 +75,31 @@ class LoraLayer(LowRankLayer):
     def from_file(self, narrow: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse of :meth:`to_file`; tensors of other shapes are returned as they are."""
         return narrow, wide
+
+
+def beside(base: nn.Module, x: Tensor, dropped: Tensor, narrow: Tensor, wide: Tensor, scaling: float) -> Tensor:
+    """``base(x) + scaling * (dropped @ narrow.T) @ wide.T`` in the dtype of ``x``; [..., in] -> [..., out].
+
+    Args:
+        dropped: ``x`` after dropout, or ``x`` itself. ``narrow``: [rank, in]. ``wide``: [out, rank].
+    """
+    if fuses(base, x) and fast.take("low-rank update fused with its frozen layer"):
+        linear = cast(nn.Linear, base)
+        return low_rank_linear(x, None if dropped is x else dropped, linear.weight, linear.bias, narrow, wide, scaling)
+    result: Tensor = base(x)
+    return add_low_rank(result, dropped, narrow, wide, scaling)
+
+
+def fuses(base: nn.Module, x: Tensor) -> bool:
+    """Whether ``base`` is a plain, frozen linear layer in the half precision of ``x`` that nobody looks at. In float32 PEFT's order of
+    operations is kept, with which the results agree to the last bit."""
+    return (
+        type(base) is nn.Linear
+        and x.dtype == base.weight.dtype == torch.bfloat16
+        and not any(p.requires_grad for p in base.parameters())
+        and not (base._forward_hooks or base._forward_pre_hooks)
+        and not torch.is_autocast_enabled(x.device.type)
+    )
 
 
 def add_low_rank(result: Tensor, x: Tensor, narrow: Tensor, wide: Tensor, scaling: float) -> Tensor:

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftcli.methods.base import Context, MethodConfig, PeftFormat
-from peftcli.methods.prompts import VALUES, Prompted, PromptedInputs, PromptMethod, from_vocabulary, initialised
+from peftcli.methods.prompts import VALUES, Prompted, PromptedInputs, PromptMethod, from_vocabulary, initialised, start_at
 
 
 class PTuningConfig(MethodConfig):
@@ -53,15 +53,11 @@ class PromptEncoder(nn.Module):
         return cast(Tensor, self.mlp_head(self._inner(x)))[0]
 
     def start_at(self, values: Tensor) -> None:
-        """Change the last layer by as little as makes the virtual tokens be ``values`` [n, width] (or come closest, where the network
-        is narrower than n). As layers come, they make tokens of the wrong size that hardly differ, and nothing that the model knows."""
+        """Begin with ``values`` [n, width] as the virtual tokens."""
         *inner, last = self.eval().mlp_head
         with torch.no_grad():
-            hidden = nn.Sequential(*inner)(self._inner(self.embedding.weight[None]))[0].double()
-            missing = values.to(hidden) - last(hidden.to(last.weight)).double()
-            change = torch.linalg.pinv(nn.functional.pad(hidden, (0, 1), value=1.0)) @ missing
-            last.weight += change[:-1].T
-            last.bias += change[-1]
+            hidden = nn.Sequential(*inner)(self._inner(self.embedding.weight[None]))[0]
+        start_at(cast(nn.Linear, last), hidden, values)
         self.train()
 
     def _inner(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peftcli.methods.base import Context, MethodConfig, PeftFormat
 from peftcli.methods.decoder_prefix import PromptedDecoder, check_fields, for_peft, used_by_peft
-from peftcli.methods.prompts import VALUES, Prompted, PromptedLayers, PromptMethod, encodes, initialised, text_config
+from peftcli.methods.prompts import VALUES, Prompted, PromptedLayers, PromptMethod, encodes, initialised, start_at, text_config
 
 
 class PrefixTuningConfig(MethodConfig):
@@ -27,11 +27,16 @@ class PrefixTuningConfig(MethodConfig):
         "`false`: train them as they are (P-Tuning v2).",
     )
     hidden_size: int | None = Field(None, ge=1, le=65536, description="Inner width of the projection; default: that of a layer's keys.")
+    init: Literal["vocabulary", "random"] = Field(
+        "vocabulary",
+        description="Initial keys and values: those of tokens drawn from the vocabulary (Li and Liang's activations of real words), or "
+        "normal random numbers, as in models that are no causal decoder.",
+    )
     init_std: float = Field(
         0.1,
         ge=0.0,
         le=10.0,
-        description="Spread of the initial keys and values without the projection. PEFT's 1 drowns what a trained model attends to.",
+        description="Spread of random initial keys and values without the projection. PEFT's 1 drowns what a trained model attends to.",
     )
 
 
@@ -51,10 +56,24 @@ class PrefixEncoder(nn.Module):
 def _shape(model: nn.Module) -> tuple[int, int, int]:
     """(layers, key-value heads, width of a layer's keys); of the decoder, where there is an encoder too."""
     config = text_config(model)
-    layers = config.num_decoder_layers if encodes(model) else config.num_hidden_layers
+    layers = getattr(config, "num_decoder_layers", config.num_hidden_layers) if encodes(model) else config.num_hidden_layers
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // config.num_attention_heads
     return layers, heads, heads * head
+
+
+def _of_vocabulary(model: Any, count: int, generator: torch.Generator) -> Tensor | None:
+    """[n, 2 layers x width] float32 keys and values that the model gives to n tokens drawn from its vocabulary; ``None``: it keeps none."""
+    if encodes(model):
+        return None
+    embedding = model.get_input_embeddings().weight
+    ids = torch.randint(0, embedding.shape[0], (1, count), generator=generator).to(embedding.device)
+    with torch.no_grad():
+        cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+    if cache is None:
+        return None
+    parts = [tensor[0].transpose(0, 1).flatten(1) for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return torch.cat(parts, dim=1).to("cpu", torch.float32)
 
 
 class PrefixTuning(PromptMethod[PrefixTuningConfig]):
@@ -72,13 +91,20 @@ class PrefixTuning(PromptMethod[PrefixTuningConfig]):
     def wrap(self, model: nn.Module, ctx: Context) -> Prompted:
         options, (layers, heads, width) = self.config, _shape(model)
         count, kind = options.num_virtual_tokens, PromptedDecoder if encodes(model) else PromptedLayers
-        if not options.projection or ctx.from_file:
-            values = torch.zeros(count, 2 * layers * width)
-            if not ctx.from_file:
-                values.normal_(0.0, options.init_std, generator=ctx.generator("prompt_embeddings"))
+        if ctx.from_file:
+            return kind(model, torch.zeros(count, 2 * layers * width), None, layers, heads)
+        generator = ctx.generator(VALUES)
+        known = _of_vocabulary(model, count, generator) if options.init == "vocabulary" else None
+        if not options.projection:
+            values = torch.empty(count, 2 * layers * width).normal_(0.0, options.init_std, generator=generator) if known is None else known
             return kind(model, values, None, layers, heads)
         encoder = PrefixEncoder(count, width, options.hidden_size or width, layers)
-        return kind(model, None, initialised(encoder, ctx, "encoder"), layers, heads)
+        initialised(encoder, ctx, "encoder")
+        if known is not None:
+            with torch.no_grad():
+                hidden = encoder.transform[:-1](encoder.embedding.weight)
+            start_at(cast(nn.Linear, encoder.transform[-1]), hidden, known)
+        return kind(model, None, encoder, layers, heads)
 
     def to_file(self, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         found = super().to_file(model, tensors)

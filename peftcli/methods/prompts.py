@@ -7,8 +7,8 @@ Classifiers judge a row by one position. As in PEFT, encoders that take the firs
 [CLS]; with prefixes it is [CLS]. Decoders take the last real token; PEFT takes the last position of the batch, which is padding in the
 shorter rows, so only rows of one length give the same there.
 
-Encoder-decoders have virtual inputs in front of what the encoder reads, as in PEFT (whose files hold as many again for the decoder, which it
-never looks at), and prefixes in the decoder's self-attention (``peftcli.methods.decoder_prefix``).
+Encoder-decoders have virtual inputs in front of what the encoder reads, as in PEFT (whose files hold as many again for the decoder, which
+are never used), and prefixes in the decoder's self-attention (``peftcli.methods.decoder_prefix``).
 """
 
 from __future__ import annotations
@@ -160,7 +160,9 @@ class PromptedInputs(Prompted):
 
         handle = cast(Any, self.base).get_input_embeddings().register_forward_hook(replace)
         try:
-            return self._run(input_ids.shape[1], {"input_ids": torch.cat([ahead, input_ids], 1), "attention_mask": attention_mask, **kwargs})
+            return self._run(
+                input_ids.shape[1], {"input_ids": torch.cat([ahead, input_ids], 1), "attention_mask": attention_mask, **kwargs}
+            )
         finally:
             handle.remove()
 
@@ -199,6 +201,9 @@ class PromptedInputs(Prompted):
         with torch.no_grad():
             inputs, mask = self._in_front(input_ids, attention_mask)
         start = {} if self._encodes else {"input_ids": input_ids}
+        if not self._encodes and "max_length" in kwargs:
+            # transformers would take the length of the embeddings off it, virtual ones included.
+            kwargs["max_new_tokens"] = kwargs.pop("max_length") - input_ids.shape[1]
         return cast(Any, self.base).generate(**start, inputs_embeds=inputs, attention_mask=mask, **kwargs)
 
 
@@ -375,6 +380,16 @@ def embeddings(model: Any, ids: Tensor) -> Tensor:
     with torch.no_grad():
         values: Tensor = embedding(ids.to(embedding.weight.device))
         return values.detach().to(torch.float32).clone()
+
+
+def start_at(last: nn.Linear, hidden: Tensor, values: Tensor) -> None:
+    """Change an encoder's last layer by as little as makes it give ``values`` [n, out] for ``hidden`` [n, in], or come closest where the
+    encoder is narrower than n. As layers come, they make inputs of the wrong size that hardly differ, and nothing that the model knows."""
+    with torch.no_grad():
+        missing = values.to(hidden).double() - last(hidden).double()
+        change = torch.linalg.pinv(nn.functional.pad(hidden.double(), (0, 1), value=1.0)) @ missing
+        last.weight += change[:-1].T
+        last.bias += change[-1]
 
 
 def initialised(module: nn.Module, ctx: Context, name: str) -> nn.Module:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from peftcli.errors import ModelError
 from peftcli.methods.base import Context
 from peftcli.methods.targets import classification_heads
 
@@ -28,6 +29,18 @@ def unfilled(model: nn.Module, keys: Sequence[str]) -> tuple[list[str], list[str
         elif head not in fresh:
             fresh.append(head)
     return fresh, other
+
+
+def poolers(model: nn.Module) -> list[str]:
+    """Names of the layers between the body and a classifier's head.
+
+    Raises:
+        ModelError: there is none.
+    """
+    found = [name for name, module in model.named_modules() if name.endswith(".pooler") and any(True for _ in module.parameters())]
+    if not found:
+        raise ModelError(f"task.train_pooler: {type(model).__name__} has no pooler below its head", hint="take the option out.")
+    return found
 
 
 def start_afresh(model: nn.Module, names: Sequence[str], seed: int) -> None:

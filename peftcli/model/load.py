@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from peftcli import quantization
 from peftcli.errors import ModelError
 from peftcli.kernels import attention
 from peftcli.methods.targets import output_layers, replace
-from peftcli.model.heads import start_afresh, unfilled
+from peftcli.model.heads import poolers, start_afresh, unfilled
 from peftcli.model.source import Source, resolve
 from peftcli.recipe.schema import BaseModelSection
 from peftcli.tasks.base import Head
 
-CAUSAL_LM = "AutoModelForCausalLM"
+CAUSAL_LM, SEQ2SEQ = "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"
 
 
 @dataclass
@@ -70,7 +70,8 @@ class Base:
         new_token_ids: ids of the tokens that the recipe added.
         parameters: number of parameters of the dense model (tied ones once).
         dense_weights: of the quantized layers as they were, by module name, where they were asked for.
-        fresh: names of modules that the base has no weights for and that start anew, such as a classifier's output layer.
+        fresh: names of modules that are trained whole whatever the method: a classifier's output layer, and ``anew``: those that the base
+            has no weights for.
     """
 
     model: Any
@@ -83,6 +84,7 @@ class Base:
     parameters: int
     dense_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     fresh: tuple[str, ...] = ()
+    anew: tuple[str, ...] = ()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer puts around one."""
@@ -101,8 +103,10 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return torch.bfloat16 if device.type == "cpu" and probe is not None and probe() else torch.float32
+    # Either of these multiplies bfloat16 at least twice as fast as float32; without them it is emulated, and slower.
+    probes = [getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
+    native = any(probe is not None and probe() for probe in probes)
+    return torch.bfloat16 if device.type == "cpu" and native else torch.float32
 
 
 def load_tokenizer(source: Source, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
@@ -194,8 +198,9 @@ def load_base(
     """
     section, device, dtype = opened.section, opened.device, opened.dtype
     storage = torch.float32 if master_weights and section.quantization is None else dtype
-    model, revision, fresh = _load_model(opened, storage, auto_model, head)
-    start_afresh(model, fresh, seed)
+    model, revision, anew = _load_model(opened, storage, auto_model, head)
+    start_afresh(model, anew, seed)
+    fresh = list(dict.fromkeys([*anew, *(poolers(model) if head is not None and head.pooler else ())]))
     parameters = sum(p.numel() for p in model.parameters())
     _make_room(model, opened.tokenizer)
     if head is not None:
@@ -206,13 +211,23 @@ def load_base(
         if keep_dense:
             layers = {name: module for name, module in model.named_modules() if type(module) is nn.Linear or _is_conv1d(module)}
             dense = {name: layer.weight.data.t() if _is_conv1d(layer) else layer.weight.data for name, layer in layers.items()}
-        quantize(model, section.quantization, double=section.double_quantization, compute_dtype=dtype, device=device)
+        quantize(model, section.quantization, double=section.double_quantization, compute_dtype=dtype, device=device, keep=fresh)
     model.to(device)
     model.eval()
     # Frozen until a method says otherwise.
     model.requires_grad_(False)
     return Base(
-        model, opened.tokenizer, opened.source, dtype, section.quantization, revision, opened.new_token_ids, parameters, dense, tuple(fresh)
+        model,
+        opened.tokenizer,
+        opened.source,
+        dtype,
+        section.quantization,
+        revision,
+        opened.new_token_ids,
+        parameters,
+        dense,
+        tuple(fresh),
+        tuple(anew),
     )
 
 
@@ -225,6 +240,14 @@ def _load_model(opened: Opened, dtype: torch.dtype, auto_model: str, head: Head 
     if source.gguf_file is not None and hasattr(transformers, "GgufConfig"):
         # Newer versions leave GGUF weights in their blocks; training, quantizing and merging need them dense.
         extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    if auto_model in (CAUSAL_LM, SEQ2SEQ) and opened.config.is_encoder_decoder != (auto_model == SEQ2SEQ):
+        one, two = (
+            ("an encoder-decoder", "continue text") if opened.config.is_encoder_decoder else ("no encoder-decoder", "turn text into text")
+        )
+        raise ModelError(
+            f"base_model.name: {source.name} is {one} ({opened.config.model_type}); it cannot be trained to {two}",
+            hint="encoder-decoders learn pairs of texts: task: seq2seq; all other language models: task: causal_lm.",
+        )
     if head is not None:
         extra |= {"ignore_mismatched_sizes": True, "num_labels": len(head.labels), "problem_type": head.problem}
         extra |= {"id2label": dict(enumerate(head.labels)), "label2id": {name: index for index, name in enumerate(head.labels)}}
@@ -312,13 +335,13 @@ def _make_room(model: Any, tokenizer: Any) -> None:
                     layer.weight[rows:] = layer.weight[:rows].float().mean(0).to(layer.weight.dtype)
 
 
-def quantize(model: Any, kind: str, *, double: bool, compute_dtype: torch.dtype, device: torch.device) -> None:
-    """Put quantized twins in the place of all linear layers but the output layer, one by one on ``device``.
+def quantize(model: Any, kind: str, *, double: bool, compute_dtype: torch.dtype, device: torch.device, keep: Sequence[str] = ()) -> None:
+    """Put quantized twins in the place of all linear layers but the output layer and the modules called ``keep``, one by one on ``device``.
 
     Raises:
         ModelError: the model has no linear layers to quantize.
     """
-    names = quantizable(model)
+    names = [name for name in quantizable(model) if not name.startswith(tuple(f"{module}." for module in keep))]
     if not names:
         raise ModelError(f"base_model.quantization: {type(model).__name__} has no linear layers that {kind} could store")
     for name in names:

@@ -123,7 +123,11 @@ class DatasetSection(Section):
         "chosen, rejected), `preference_alpaca` (instruction, chosen, rejected), `preference_implicit` (chosen, rejected); single answers: "
         "`kto` (prompt, completion, label), `kto_messages` (messages, label); `auto` looks at the columns.",
     )
-    columns: dict[str, str] = Field({}, description="Column mapping, ours: yours, for example `{prompt: question, completion: answer}`.")
+    columns: dict[str, str] = Field(
+        {},
+        description="Column mapping, ours: yours, for example `{prompt: question, completion: answer}`. A dot leads into a column: "
+        "`{output: instances.0.output}`.",
+    )
     chat_template: str | None = Field(
         None, description="A shipped template's name or a path to a Jinja file; default: the tokenizer's own."
     )
@@ -177,7 +181,7 @@ class TrainSection(Section):
     )
     learning_rate: float = Field(2e-4, gt=0.0, lt=100.0, description="Peak learning rate.")
     head_learning_rate: float | None = Field(
-        None, gt=0.0, lt=100.0, description="Peak learning rate of a task's fresh output layer, which has further to go; `null`: the same."
+        None, gt=0.0, lt=100.0, description="Peak learning rate of a task's fresh output layer, and of a pooler that is trained with it; `null`: the same."
     )
     scheduler: Scheduler = Field("cosine", description="Learning rate after the warm-up: `cosine` or `linear` to zero, or `constant`.")
     warmup_ratio: Fraction = Field(0.03, description="Fraction of the steps in which the learning rate rises from zero.")
@@ -203,6 +207,9 @@ class TrainSection(Section):
     )
     early_stopping_threshold: float = Field(0.0, ge=0.0, description="Smallest fall of the held-out loss that counts as improvement.")
     deterministic: bool = Field(True, description="Use deterministic kernels only; refuse options that have none.")
+    fast_paths: bool = Field(
+        True, description="Take faster computations of the same results where there are any; the report names those that were taken."
+    )
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "trackio"]] = Field(
         [], description="Experiment trackers, through Accelerate."
     )

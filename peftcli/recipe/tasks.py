@@ -58,7 +58,14 @@ class SequenceClassificationTask(TaskSection):
         "numbers with a fraction: `regression`; else `single_label`).",
     )
     labels: Annotated[list[str], Field(min_length=1)] | None = Field(
-        None, description="The labels in the order of the model's outputs. `null`: those of the training rows, sorted."
+        None,
+        description="The labels in the order of the model's outputs, by which whole numbers in the rows may stand for them. `null`: those of "
+        "the training rows, sorted.",
+    )
+    train_pooler: bool = Field(
+        False,
+        description="Train the pooler of a BERT-like encoder whole, like the head above it. Worth it where the base has not learned one: "
+        "sentence encoders, models distilled without.",
     )
 
 
@@ -83,7 +90,7 @@ class TokenClassificationTask(TaskSection):
 class Seq2SeqTask(TaskSection):
     """Text to text."""
 
-    formats = ("text_to_text", "prompt_completion", "alpaca")
+    formats = ("text_to_text", "prompt_completion", "alpaca", "messages", "sharegpt")
     summary = "An encoder-decoder learns to turn one text into another: translation, summaries, answers, descriptions of data."
     generates = True
     figures = ("perplexity", "token_accuracy")
@@ -189,7 +196,9 @@ class RewardTask(PreferenceTask):
 
     name: Literal["reward"] = Field("reward", description="`reward`")
     center_rewards_coefficient: Positive | None = Field(
-        None, description="Weight of the squared sum of the two rewards, which keeps them around zero (Eisenstein et al., 2023); e.g. 0.01."
+        0.01,
+        description="Weight of the squared sum of the two rewards, which keeps them around zero (Eisenstein et al., 2023). With `null` "
+        "the loss knows differences only, so a bias behind the last layer cannot learn.",
     )
 
 

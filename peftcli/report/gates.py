@@ -88,16 +88,17 @@ def _value(report: Report, key: str) -> float | None:
         name, _, what = rest.partition(".")
         test = report.comparisons.get(name)
         return None if test is None else float(getattr(test, what))
-    value: Any = report
+    part: Any = report
     for name in key.split("."):
-        value = getattr(value, name, None)
-    return value
+        part = getattr(part, name, None)
+    found: float | None = part
+    return found
 
 
 def _of_eval(measured: EvalInfo | None, name: str) -> float | None:
     if measured is None:
         return None
-    found = measured.figure(name)
+    found: float | None = measured.figure(name)
     return found if found is not None else getattr(measured, name, None)
 
 

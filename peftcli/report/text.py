@@ -63,7 +63,7 @@ def p_value(test: PairedTest) -> str:
     """``p = 0.03``, or a bound where it is small: ``p < 0.001``, ``p ≤ 0.002`` (as far as resampling tells)."""
     if test.test == "bootstrap" and test.p_value <= 0.002:
         return "p ≤ 0.002"
-    return "p < 0.001" if test.p_value < 0.001 else f"p = {test.p_value:.{3 if test.p_value < 0.01 else 2}f}"
+    return "p < 0.001" if test.p_value < 0.001 else f"p = {test.p_value:.{3 if test.p_value < 0.1 else 2}f}"
 
 
 def size(count: float) -> str:

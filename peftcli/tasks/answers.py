@@ -21,7 +21,7 @@ _CURRENCY = re.compile(r"[$€£¥₹₩]\s?")
 _PLAIN = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 # A hyphen is a sign only where nothing stands before it that could be subtracted from.
 _NUMBER = re.compile(
-    rf"(?P<sign>(?<![\w)\].])-)?(?:(?:(?P<whole>{_PLAIN})[ ])?(?P<top>{_PLAIN})/(?P<bottom>\d*[1-9]\d*)(?![\d/])"
+    rf"(?P<sign>(?<![A-Za-z0-9_)\].])-)?(?:(?:(?P<whole>{_PLAIN})[ ])?(?P<top>{_PLAIN})/(?P<bottom>\d*[1-9]\d*)(?![\d/])"
     rf"|(?P<decimal>(?:{_PLAIN}(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{{1,3}}(?!\w))?))"
 )
 

@@ -48,10 +48,12 @@ class Head:
 
     Attributes:
         labels: names of the outputs. ``problem``: transformers' ``problem_type``.
+        pooler: the pooler below it is trained whole, too.
     """
 
     labels: tuple[str, ...]
     problem: str
+    pooler: bool = False
 
 
 class TaskModule(nn.Module, ABC):

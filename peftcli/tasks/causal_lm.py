@@ -16,8 +16,10 @@ from peftcli.data.audit import marked
 from peftcli.data.batching import Batch, collate
 from peftcli.data.splits import Split, TextSplit
 from peftcli.data.text_rows import TextRows
+from peftcli.kernels import fast
 from peftcli.kernels.attention import PackingUnsupportedError
 from peftcli.kernels.cross_entropy import sum_cross_entropy
+from peftcli.kernels.linear_cross_entropy import linear_cross_entropy
 from peftcli.methods.base import Loss
 from peftcli.recipe import tasks as options
 from peftcli.recipe.schema import DatasetSection
@@ -38,12 +40,55 @@ class CausalLM(TaskModule):
         super().__init__(model)
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
+        # Whether the model returns what its output layer computes, untouched; found with the first batch.
+        self._untouched = True
+
     def forward(self, batch: Batch) -> Loss:
+        head = self._frozen_head()
+        if head is not None:
+            hidden = self._hidden(batch, head)
+            if hidden is not None and hidden.dtype == head.weight.dtype and fast.take("linear cross-entropy without logits"):
+                return Loss(*linear_cross_entropy(hidden, head.weight, head.bias, batch.targets), {})
         total, correct = sum_cross_entropy(self.logits(batch), batch.targets)
         return Loss(total, correct, {})
 
+    def _frozen_head(self) -> nn.Linear | None:
+        """The output layer, where it is a plain one that gets no gradient and that nobody looks at."""
+        find = getattr(self.model, "get_output_embeddings", None)
+        head = find() if find is not None and self._untouched and fast.on() and torch.is_grad_enabled() else None
+        if type(head) is not nn.Linear or any(p.requires_grad for p in head.parameters()):
+            return None
+        looked_at = head._forward_hooks or head._forward_pre_hooks or torch.is_autocast_enabled(head.weight.device.type)
+        return None if looked_at else head
+
+    def _hidden(self, batch: Batch, head: nn.Linear) -> Tensor | None:
+        """[supervised, width] what goes into the output layer at ``batch.positions``; ``None`` where its output is not yet the logits
+        (softcapping, a scale)."""
+        caught: list[Tensor] = []
+
+        def through(hidden: Tensor) -> Tensor:
+            caught.append(hidden)
+            return hidden
+
+        vars(head)["forward"] = through  # in front of the class's own, for this call
+        try:
+            out = self._run(batch)
+        finally:
+            del vars(head)["forward"]
+        self._untouched = len(caught) == 1 and out is caught[0]
+        return self._at_positions(out, batch) if self._untouched else None
+
     def logits(self, batch: Batch) -> Tensor:
         """[supervised, vocabulary] logits at ``batch.positions``."""
+        return self._at_positions(self._run(batch), batch)
+
+    def _at_positions(self, out: Tensor, batch: Batch) -> Tensor:
+        if batch.documents is not None and self._keeps:
+            return out[0]
+        return out.flatten(0, 1).index_select(0, batch.positions)
+
+    def _run(self, batch: Batch) -> Tensor:
+        """The logits as the model returns them: [1, supervised, vocabulary] where it can choose positions, else of all of them."""
         model: Any = self.model
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
         if batch.documents is not None:
@@ -54,12 +99,11 @@ class CausalLM(TaskModule):
                 "documents": batch.documents,
             }
             if self._keeps:
-                logits: Tensor = model(**inputs, logits_to_keep=batch.positions).logits
-                return logits[0]
+                inputs["logits_to_keep"] = batch.positions
         else:
             inputs["attention_mask"] = batch.attention_mask
-        whole: Tensor = model(**inputs).logits
-        return whole.flatten(0, 1).index_select(0, batch.positions)
+        logits: Tensor = model(**inputs).logits
+        return logits
 
     def measure(self, batch: Batch) -> Measured:
         losses, hits = self.token_losses(batch)

@@ -197,7 +197,6 @@ class PairTask(AnswerTask[P]):
         return False
 
     def rows(self, config: DatasetSection, tokenizer: Any) -> PreferenceRows:
-        self.whole = self.learns_prompts and config.train_on == "all"
         return PreferenceRows(config, tokenizer, whole=self.learns_prompts)
 
     def batch(self, split: Split, rows: Sequence[int], layout: Layout, *, silent: bool = False) -> PairBatch:
@@ -205,7 +204,7 @@ class PairTask(AnswerTask[P]):
         both = [answer for row in rows for answer in split.rows[row]]
         own = [answer.supervised for answer in both]
         # Where prompts are learned, the better answer's is; the worse answer is compared only.
-        learned = [np.ones_like(mask) if self.whole and not place % 2 else mask for place, mask in enumerate(own)]
+        learned = [np.ones_like(mask) if split.prompts and not place % 2 else mask for place, mask in enumerate(own)]
         inner = collate([answer.input_ids for answer in both], learned, packed=layout.packed, pad_id=layout.pad_id, device=layout.device)
         answers = np.concatenate([mask[1:][every[1:]] for mask, every in zip(own, learned, strict=True)])
         return PairBatch(inner, torch.from_numpy(answers).double().to(layout.device), self.reference(split, rows, layout), silent)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,9 @@ from peftcli.data.splits import LabelledSplit, Split
 from peftcli.methods.base import Loss
 from peftcli.recipe import tasks as options
 from peftcli.recipe.schema import DatasetSection
+from peftcli.tasks.agreement import last_f1, macro_f1, matthews, micro_f1, tallies
 from peftcli.tasks.base import Head, Layout, Measured, Metric, Task, TaskModule
-from peftcli.tasks.intervals import of_rows, share
+from peftcli.tasks.intervals import of_rows, of_sums, share
 
 _PROBLEMS = {
     "single_label": "single_label_classification",
@@ -109,7 +110,7 @@ class SequenceClassification(Task[options.SequenceClassificationTask]):
     def head(self) -> Head:
         problem, labels = self.section.problem, self.section.labels
         assert problem is not None, "the rows settle it"
-        return Head(tuple(labels or ("value",)), _PROBLEMS[problem])
+        return Head(tuple(labels or ("value",)), _PROBLEMS[problem], self.section.train_pooler)
 
     def module(self, model: nn.Module) -> Classifier:
         assert self.section.problem is not None, "the rows settle it"
@@ -162,53 +163,43 @@ def class_scores(found: Ints, wanted: Ints, *, classes: int) -> dict[str, Metric
     Args:
         found, wanted: [rows] class indices.
     """
-    from sklearn.metrics import f1_score, matthews_corrcoef
-
-    kind = "binary" if classes == 2 else "macro"
-    known = list(range(classes))
-
-    def f1(rows: Ints) -> float:
-        labels = {} if kind == "binary" else {"labels": known}
-        return float(f1_score(wanted[rows], found[rows], average=kind, zero_division=0.0, **labels))
-
-    def matthews(rows: Ints) -> float:
-        return float(matthews_corrcoef(wanted[rows], found[rows]))
-
-    return {"accuracy": share(found == wanted), **_resampled({"f1": f1, "matthews": matthews}, len(wanted))}
+    known = np.arange(classes)
+    parts = tallies(found[:, None] == known, wanted[:, None] == known)
+    return {
+        "accuracy": share(found == wanted),
+        "f1": of_sums(parts, last_f1 if classes == 2 else macro_f1),
+        "matthews": of_sums(parts, matthews),
+    }
 
 
 def label_scores(found: Bools, wanted: Bools) -> dict[str, Metric]:
     """Accuracy (every label of a row right), micro and macro F1. Arguments are [rows, labels]."""
-    from sklearn.metrics import f1_score
-
-    def micro(rows: Ints) -> float:
-        return float(f1_score(wanted[rows], found[rows], average="micro", zero_division=0.0))
-
-    def macro(rows: Ints) -> float:
-        return float(f1_score(wanted[rows], found[rows], average="macro", zero_division=0.0))
-
-    return {"accuracy": share((found == wanted).all(-1)), **_resampled({"f1_micro": micro, "f1": macro}, len(wanted))}
+    parts = tallies(found, wanted)
+    return {"accuracy": share((found == wanted).all(-1)), "f1_micro": of_sums(parts, micro_f1), "f1": of_sums(parts, macro_f1)}
 
 
 def number_scores(found: Floats, wanted: Floats) -> dict[str, Metric]:
-    """Pearson and Spearman correlation and the mean absolute error. Arguments are [rows]."""
-    from scipy.stats import pearsonr, spearmanr
+    """Pearson and Spearman correlation and the mean absolute error; a correlation with a constant is left out. Arguments are [rows]."""
+    from scipy.stats import rankdata
 
-    def correlation(measure: Callable[..., Any]) -> Callable[[Ints], float]:
-        def figure(rows: Ints) -> float:
-            one, two = found[rows], wanted[rows]
-            return float(measure(one, two).statistic) if len(one) > 1 and np.ptp(one) and np.ptp(two) else float("nan")
+    # Sums of squares around zero would lose digits.
+    one, two = found - found.mean(), wanted - wanted.mean()
+    parts = np.stack([np.ones_like(one), one, two, one**2, two**2, one * two], -1)
 
-        return figure
+    def pearson(sums: Floats) -> Floats:
+        rows, x, y, xx, yy, xy = np.moveaxis(sums, -1, 0)
+        spread = (xx - x**2 / rows) * (yy - y**2 / rows)
+        return np.divide(xy - x * y / rows, np.sqrt(np.maximum(spread, 0)), out=np.full_like(xy, np.nan), where=spread > 1e-24 * xx * yy)
 
-    def distance(rows: Ints) -> float:
-        return float(np.abs(found[rows] - wanted[rows]).mean())
+    def spearman(rows: Ints) -> float:
+        if not (np.ptp(found[rows]) and np.ptp(wanted[rows])):
+            return float("nan")
+        return float(np.corrcoef(rankdata(found[rows]), rankdata(wanted[rows]))[0, 1])
 
-    figures = {"pearson": correlation(pearsonr), "spearman": correlation(spearmanr), "mean_absolute_error": distance}
-    return _resampled(figures, len(wanted))
-
-
-def _resampled(figures: Mapping[str, Callable[[Ints], float]], rows: int) -> dict[str, Metric]:
-    """Each figure of all rows with its bootstrap interval; one that is undefined is left out."""
-    found = {name: of_rows(figure, rows) for name, figure in figures.items()}
-    return {name: metric for name, metric in found.items() if np.isfinite(metric.value)}
+    distance = np.stack([np.abs(found - wanted), np.ones_like(one)], -1)
+    scores = {
+        "pearson": of_sums(parts, pearson),
+        "spearman": of_rows(spearman, len(wanted)),
+        "mean_absolute_error": of_sums(distance, lambda sums: sums[..., 0] / sums[..., 1]),
+    }
+    return {name: metric for name, metric in scores.items() if np.isfinite(metric.value)}

@@ -19,8 +19,9 @@ from peftcli.data.tagged_rows import NONE, TaggedRows
 from peftcli.methods.base import Loss
 from peftcli.recipe import tasks as options
 from peftcli.recipe.schema import DatasetSection
+from peftcli.tasks.agreement import macro_f1, quotient
 from peftcli.tasks.base import Head, Layout, Measured, Metric, Task, TaskModule
-from peftcli.tasks.intervals import Floats, of_sums
+from peftcli.tasks.intervals import of_sums
 
 _OUTSIDE = "O"
 _SPANNING = re.compile(r"[BIESLU]-.+")
@@ -154,23 +155,11 @@ class TokenClassification(Task[options.TokenClassificationTask]):
         if spans_entities(self._labels):
             whole = counts.sum(1)
             found["entity_f1"] = of_sums(whole, lambda sums: 2 * sums[:, 0] / (sums[:, 1] + sums[:, 2]))
-            found["entity_precision"] = of_sums(whole, lambda sums: _ratio(sums[:, 0], sums[:, 1]))
+            found["entity_precision"] = of_sums(whole, lambda sums: quotient(sums[:, 0], sums[:, 1]))
             found["entity_recall"] = of_sums(whole, lambda sums: sums[:, 0] / sums[:, 2])
         else:
-            found["f1"] = of_sums(counts.reshape(len(counts), -1), _macro)
+            found["f1"] = of_sums(counts.reshape(len(counts), -1), macro_f1)
         return {name: metric for name, metric in found.items() if np.isfinite(metric.value)}
-
-
-def _ratio(top: Floats, bottom: Floats) -> Floats:
-    """Zero where nothing was found, as is usual for precision."""
-    return np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0)
-
-
-def _macro(sums: Floats) -> Floats:
-    """[draws] mean F1 over tags, zero for one that neither occurs nor was found, from [draws, tags * 3]."""
-    right, found, true = np.moveaxis(sums.reshape(len(sums), -1, 3), -1, 0)
-    mean: Floats = _ratio(2 * right, found + true).mean(-1)
-    return mean
 
 
 def spans_entities(labels: Sequence[str]) -> bool:

@@ -148,9 +148,7 @@ class Loop:
         progress.supervised_tokens += supervised
         return total, parts, norm
 
-    def _log(
-        self, progress: checkpoints.Progress, total: torch.Tensor, parts: _Parts, norm: float, supervised: int, last: bool
-    ) -> None:
+    def _log(self, progress: checkpoints.Progress, total: torch.Tensor, parts: _Parts, norm: float, supervised: int, last: bool) -> None:
         due = self._due(self.settings.logging_steps, progress.step) or progress.step == 1 or last
         progress.window_tokens += supervised
         progress.window_loss += float(self.accelerator.reduce(total, reduction="sum"))

@@ -242,7 +242,8 @@ def test_raw_rows_say_that_a_named_template_has_no_influence(write_rows: Write) 
 def test_documents_have_no_generation_examples(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n')
-    split = prepare_eval(DatasetSection(train=str(path), eval=str(path)), byte_tokenizer(adds_bos=True), base_dir=Path(), seed=0)
+    kind = TextRows(DatasetSection(train=str(path), eval=str(path)), byte_tokenizer(adds_bos=True))
+    split = prepare_eval(kind, base_dir=Path(), seed=0)
     assert split.generation == [] and split.counts.rows == 1
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from small_tokenizers import byte_tokenizer
 
+from peftcli.data.labelled_rows import ClassAudit, LabelledRows
 from peftcli.data.prepare import Prepared, prepare
 from peftcli.data.splits import Split
 from peftcli.data.text_rows import TextRows
@@ -135,5 +136,83 @@ def test_csv_and_nested_rows(real_data: Path) -> None:
 def test_latin1_file_is_refused_with_the_line(real_data: Path, tmp_path: Path) -> None:
     copy = tmp_path / "trec.txt"
     copy.write_bytes((real_data / "trec" / "TREC.train").read_bytes())
-    with pytest.raises(DataError, match=r"trec.txt:\d+: byte 0x[0-9A-F]{2} \(byte \d+ of the line\) is not UTF-8(.|\n)*iconv"):
+    with pytest.raises(DataError, match=r"trec.txt:\d+: byte 0x[0-9A-F]{2} \(byte \d+ of the line\) is not UTF-8(.|\n)*encoding: latin-1"):
         run(byte_tokenizer(), train=str(copy))
+
+
+def labelled(**section: Any) -> Prepared:
+    return prepare(LabelledRows(DatasetSection(**section), byte_tokenizer(), None, None), base_dir=Path(), seed=42)
+
+
+def audited(found: Prepared) -> ClassAudit:
+    assert isinstance(found.audit, ClassAudit)
+    return found.audit
+
+
+def test_cola_has_no_header(real_data: Path) -> None:
+    header = ["source", "label", "star", "text"]
+    files = {
+        split: {"path": str(real_data / "cola" / f"in_domain_{name}.tsv"), "header": header}
+        for split, name in (("train", "train"), ("eval", "dev"))
+    }
+    found = labelled(**files)
+    assert found.eval is not None
+    assert (found.train.counts.rows, found.eval.counts.rows) == (8551, 527) and audited(found).problem == "single_label"
+    assert audited(found).labels == {"0": 2528, "1": 6023} and found.train.origins[0].endswith("in_domain_train.tsv:1")
+    with pytest.raises(DataError, match=r"the first line must name each column once(.|\n)*header: \[text, label\]"):
+        labelled(train=str(real_data / "cola" / "in_domain_train.tsv"))
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_stsb_has_no_header_and_numbers_for_labels(real_data: Path, language: str) -> None:
+    path = real_data / "stsb" / f"stsb-{language}-train.csv"
+    found = labelled(train={"path": str(path), "header": ["text", "text_pair", "label"]})
+    assert found.train.counts.rows == 5749 and audited(found).problem == "regression" and audited(found).target_range == (0.0, 5.0)
+
+
+def test_trec_is_taken_apart_by_a_pattern(real_data: Path) -> None:
+    source = {
+        "path": str(real_data / "trec" / "TREC.train"),
+        "pattern": r"(?P<label>\w+):(?P<fine>\w+) (?P<text>.*)",
+        "encoding": "latin-1",
+    }
+    found = labelled(train=source, eval={**source, "path": str(real_data / "trec" / "TREC.test")})
+    assert found.train.counts.rows == 5452 and sorted(audited(found).labels) == ["ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM"]
+    assert found.eval is not None and found.eval.counts.rows == 500
+    assert found.audit.duplicates > 0 and found.audit.leaked_rows > 0, "TREC repeats questions, in the test file too"
+    fine = labelled(train={**source, "columns": {"label": "fine"}})
+    assert len(audited(fine).labels) == 47
+    with pytest.raises(DataError, match=r"TREC.train:66: byte 0xF0 \(byte 60 of the line\) is not UTF-8"):
+        labelled(train={**source, "encoding": "utf-8"})
+    skipping = labelled(train={**source, "encoding": "utf-8"}, on_error="skip")
+    assert skipping.train.counts.rows == 5451 and skipping.train.counts.dropped == skipping.audit.skipped == 1
+    assert skipping.skipped == [(source["path"] + ":66", "byte 0xF0 (byte 60 of the line) is not UTF-8")]
+
+
+def test_rte_and_sst2(real_data: Path) -> None:
+    pair = labelled(train=str(real_data / "rte" / "train.tsv"), columns={"text": "sentence1", "text_pair": "sentence2"})
+    assert pair.train.counts.rows == 2490 and list(audited(pair).labels) == ["entailment", "not_entailment"]
+    single = labelled(
+        train=str(real_data / "sst2" / "train.tsv.gz"), eval=str(real_data / "sst2" / "dev.tsv"), columns={"text": "sentence"}, limit=3000
+    )
+    assert single.train.counts.rows == 3000 and single.eval is not None and single.eval.counts.rows == 872
+
+
+def test_a_dot_leads_into_a_column(real_data: Path, load_model_tokenizer: Load) -> None:
+    path = real_data / "self-instruct" / "seed_tasks.jsonl"
+    columns = {"instruction": "instruction", "input": "instances.0.input", "output": "instances.0.output"}
+    tokenizer = load_model_tokenizer("smollm2-135m")
+    found = run(tokenizer, train=str(path), columns=columns, max_length=4096, truncation="error")
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    assert learned(found.train, tokenizer) == [row["instances"][0]["output"] + "<|im_end|>" for row in rows]
+    with pytest.raises(DataError, match=r"there is no column 'instances.7.output'"):
+        run(tokenizer, train=str(path), columns={**columns, "output": "instances.7.output"})
+
+
+def test_restaurants_have_many_answers_to_one_question(real_data: Path) -> None:
+    files = {"train": str(real_data / "e2e" / "trainset.csv.gz"), "eval": str(real_data / "e2e" / "devset.csv")}
+    found = run(byte_tokenizer(), **files, columns={"prompt": "mr", "completion": "ref"}, limit=2000, eval_limit=200)
+    assert (found.audit.leaked_rows, found.audit.leaked_inputs) == (0, 0)
+    held = run(byte_tokenizer(), train=files["eval"], columns={"prompt": "mr", "completion": "ref"}, limit=400, eval_fraction=0.1)
+    assert held.audit.leaked_inputs > 0 == held.audit.leaked_rows
+    assert any("ask what a training row asks, word for word, with another answer" in note for note in held.audit.notes)

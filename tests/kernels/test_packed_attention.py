@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peftcli.data.batching import collate
-from peftcli.kernels import attention
+from peftcli.kernels import attention, fast
 from peftcli.kernels.attention import Documents, packed_attention, reference_attention
 from peftcli.tasks.causal_lm import CausalLM, supports_packing
 
@@ -28,7 +28,7 @@ def inputs(lengths: list[int], heads: int, groups: int, seed: int, width: int = 
 
 def path(plain: bool) -> Any:
     """Without the path for short rows on the CPU where ``plain``, as for long ones."""
-    return mock.patch.dict(attention._SHORT, clear=True) if plain else contextlib.nullcontext()
+    return fast.plain() if plain else contextlib.nullcontext()
 
 
 def outputs_and_gradients(function: Any, qkv: list[Tensor], documents: Documents, causal: bool) -> list[Tensor]:
@@ -43,11 +43,14 @@ def outputs_and_gradients(function: Any, qkv: list[Tensor], documents: Documents
     heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]),
     causal=st.booleans(),
     plain=st.booleans(),
+    block=st.sampled_from([3, 8, 96]),
     seed=st.integers(0, 100),
 )
-def test_equals_the_reference_in_float64(lengths: list[int], heads: tuple[int, int], causal: bool, plain: bool, seed: int) -> None:
+def test_equals_the_reference_in_float64(
+    lengths: list[int], heads: tuple[int, int], causal: bool, plain: bool, block: int, seed: int
+) -> None:
     documents, qkv = Documents(lengths), inputs(lengths, *heads, seed)
-    with path(plain):
+    with path(plain), mock.patch.object(attention, "_BLOCK", block):
         ours = outputs_and_gradients(packed_attention, qkv, documents, causal)
     theirs = outputs_and_gradients(reference_attention, qkv, documents, causal)
     for a, b in zip(ours, theirs, strict=True):
@@ -70,7 +73,7 @@ def test_the_reference_is_attention_on_each_document_alone(causal: bool) -> None
 
 @pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("lengths", [[5, 9], [9, 5, 6, 1], [8, 8], [1, 30, 1], [16]])
+@pytest.mark.parametrize("lengths", [[5, 9], [9, 5, 6, 1], [8, 8], [1, 30, 1], [16], [300, 290, 7]])
 def test_editing_one_document_changes_no_other_by_a_single_bit(lengths: list[int], causal: bool, plain: bool) -> None:
     documents, qkv = Documents(lengths), inputs(lengths, 4, 2, 0)
     first = lengths[0]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from peftcli.errors import UsageError
 from peftcli.kernels.attention import Documents, packed_attention, reference_attention
+from peftcli.methods.base import Context
 
 NAME = "prefix_tuning"
 FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -73,8 +74,18 @@ def test_a_whole_run(form: str, tmp_path: Path, tiny_folders: dict[str, Path], t
 
 def test_initial_values_have_the_spread_that_was_asked_for() -> None:
     for spread in (0.0, 0.1, 0.5):
-        values = helpers.adapted(NAME, num_virtual_tokens=50, init_std=spread)[0].result()
+        values = helpers.adapted(NAME, num_virtual_tokens=50, init="random", init_std=spread)[0].result()
         assert abs(float(values.std()) - spread) <= 0.05 * spread
+
+
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_training_starts_as_if_tokens_of_the_vocabulary_stood_in_front(kind: str, projection: bool) -> None:
+    model, _ = helpers.adapted(NAME, kind, num_virtual_tokens=5, projection=projection)
+    base, ids = helpers.tiny_model(kind), helpers.some_ids()
+    words = torch.randint(0, helpers.VOCABULARY, (1, 5), generator=Context(seed=11).generator("prompt_embeddings"))
+    wanted = helpers.logits(base, torch.cat([words.expand(len(ids), -1), ids], dim=1))[:, 5:]
+    assert float((helpers.logits(model, ids) - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max())
 
 
 def test_a_model_whose_layers_differ_or_take_no_prefix_is_refused() -> None:

@@ -21,7 +21,15 @@ def test_every_key_that_may_be_named_is_found_in_a_report(report: Report) -> Non
     """No key of the list leads nowhere: each is a number, or one that this run did not measure."""
     found = {gate.key: gate.found for gate in gates.judge(dict.fromkeys(gates.known(), ">= 0"), report)}
     assert len(found) > 60
-    for key in ("eval.loss", "eval.rows", "eval_before.loss", "train.steps", "train.peak_memory_bytes", "model.parameters", "data.train.rows"):
+    for key in (
+        "eval.loss",
+        "eval.rows",
+        "eval_before.loss",
+        "train.steps",
+        "train.peak_memory_bytes",
+        "model.parameters",
+        "data.train.rows",
+    ):
         assert isinstance(found[key], (int, float)), key
     assert report.eval is not None
     assert found["eval.loss"] == report.eval.loss

@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 
 from peftcli.report.console import print_summary
+from peftcli.report.html import render_html
 from peftcli.report.markdown import cell, fence, render_markdown
-from peftcli.report.schema import Report
-from peftcli.report.text import comparisons, duration, number, percent, short_count, size, verdict
+from peftcli.report.schema import PairedTest, Report
+from peftcli.report.text import comparisons, duration, number, p_value, percent, short_count, size, verdict
 
 
 def judged(values: dict[str, Any]) -> Any:
@@ -122,6 +123,56 @@ def test_markdown_tables_survive_any_text(values: dict[str, Any]) -> None:
 def test_cell_and_fence() -> None:
     assert cell("x" * 10, 4) == "xxxx… (6 more characters)"
     assert fence("a", "yaml") == "```yaml\na\n```"
+
+
+def with_tests(values: dict[str, Any]) -> Report:
+    """With the paired tests of two figures, of which one may be chance."""
+    values["comparisons"] = {
+        "exact_match": {"difference": 0.921875, "interval": [0.82, 0.97], "p_value": 1e-9, "test": "mcnemar"},
+        "loss": {"difference": -2.8409, "interval": [-3.0, 0.1], "p_value": 0.07, "test": "bootstrap"},
+    }
+    return Report.model_validate(values)
+
+
+def test_the_paired_test_decides_what_may_be_chance(values: dict[str, Any]) -> None:
+    found = {item.name: item for item in comparisons(with_tests(values))}
+    assert found["loss"].doubtful and not found["exact_match"].doubtful
+    # The intervals of the two overlap, but the rows are the same and the test tells them apart, or the other way round.
+    values["eval_before"]["metrics"].update(exact_match=0.9)
+    values["eval_before"]["intervals"]["exact_match"] = [0.8, 0.95]
+    values["comparisons"]["exact_match"].update(difference=0.021875, interval=[0.01, 0.05], p_value=0.004)
+    assert judged(values).detail is None
+    values["comparisons"]["exact_match"].update(p_value=0.5)
+    assert judged(values).detail == "The gain may be chance: paired test, p = 0.50"
+    values["eval_before"]["metrics"].update(exact_match=0.95)
+    values["comparisons"]["exact_match"].update(difference=-0.028125, interval=[-0.1, 0.03])
+    assert judged(values).detail == "The tuned model is worse than the base model, or equal: paired test, p = 0.50"
+
+
+def test_paired_tests_are_shown_everywhere(values: dict[str, Any], recipe_text: str) -> None:
+    report = with_tests(values)
+    text = render_markdown(report, recipe_text, title="quickstart")
+    assert "| +92.2 points [+82.0 points, +97.0 points], p < 0.001 |" in text
+    assert "| -2.841 [-3.000, +0.1000], p = 0.070 |" in text
+    assert "p: paired test over the same rows." in text
+    assert "+92.2 points, p < 0.001" in shown(report)
+    page = render_html(report, [], recipe_text, title="quickstart")
+    assert "Difference: +92.2 points (+82.0 points to +97.0 points), p &lt; 0.001, McNemar's exact test" in page.replace("&nbsp;", " ")
+    assert page.count("may be chance") == 1 and "paired bootstrap" in page
+
+
+@pytest.mark.parametrize(
+    ("p", "test", "words"),
+    [
+        (2 / 1001, "bootstrap", "p ≤ 0.002"),
+        (1e-12, "mcnemar", "p < 0.001"),
+        (0.004, "mcnemar", "p = 0.004"),
+        (0.049, "bootstrap", "p = 0.049"),
+        (1.0, "mcnemar", "p = 1.00"),
+    ],
+)
+def test_p_values_in_words(p: float, test: Any, words: str) -> None:
+    assert p_value(PairedTest(difference=0.1, interval=(0.0, 0.2), p_value=p, test=test)) == words
 
 
 def shown(report: Report, folder: Path | None = None) -> str:

@@ -1,0 +1,90 @@
+"""A frozen output layer and the cross-entropy over it in one: the logits never exist as a whole.
+
+The gradient with respect to the hidden states is made beside the loss, a few hundred rows at a time, in two buffers that all
+rows share. What is kept for the backward pass is as large as the hidden states, not as the logits.
+
+The plain reference is ``sum_cross_entropy(F.linear(hidden, weight, bias), targets)``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftcli.kernels.cross_entropy import reference_cross_entropy
+
+# Logits of one product: enough rows that the weight, which every product reads, is not what takes the time.
+_LOGITS = 1 << 24
+# Wide scratch of one slice of them, about what a core's share of the last cache holds.
+_WIDE = 1 << 20
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+        rows, vocabulary = hidden.shape[0], weight.shape[0]
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        chunk, part = max(1, min(rows, _LOGITS // vocabulary)), max(1, _WIDE // vocabulary)
+        logits = hidden.new_empty(chunk, vocabulary)
+        scratch, shares = hidden.new_empty(part, vocabulary, dtype=wide), hidden.new_empty(chunk, 1, dtype=wide)
+        total = hidden.new_zeros((), dtype=wide)
+        correct = torch.zeros((), dtype=torch.long, device=hidden.device)
+        gradient = torch.empty_like(hidden) if hidden.requires_grad else None
+        for start in range(0, rows, chunk):
+            size = min(chunk, rows - start)
+            some = logits[:size]
+            torch.mm(hidden[start : start + size], weight.t(), out=some)
+            if bias is not None:
+                some += bias
+            for first in range(0, size, part):
+                narrow = some[first : first + part]
+                count = narrow.shape[0]
+                values = scratch[:count].copy_(narrow)
+                target = targets[start + first : start + first + count].unsqueeze(1)
+                picked, top = values.gather(1, target), values.amax(1, keepdim=True)
+                values.sub_(top).exp_()
+                sums = values.sum(1, keepdim=True)
+                total += (sums.log() + top - picked).sum()
+                # A tie counts as correct: the target is as likely as any other token.
+                correct += (picked == top).sum()
+                if gradient is not None:
+                    # exp - [target] * sum; the division by the sum waits until the rows are short again.
+                    values.scatter_add_(1, target, -sums)
+                    narrow.copy_(values)
+                    shares[first : first + count] = sums.reciprocal_()
+            if gradient is not None:
+                gradient[start : start + size] = (some @ weight) * shares[:size]
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(correct)
+        return total, correct
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0].to(gradient.dtype), None, None, None
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The summed cross-entropy in nats of ``hidden @ weight.T + bias``, and the number of rows whose target is a most likely token.
+
+    Args:
+        hidden: [rows, width]. ``weight``: [vocabulary, width] and ``bias`` [vocabulary] of its dtype; they get no gradient.
+        targets: [rows], int64.
+
+    Returns:
+        (scalar float32 total with gradient, float64 for float64 inputs; scalar int64 correct).
+    """
+    if hidden.shape[0] == 0:
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        return hidden.sum(dtype=wide) * 0.0, torch.zeros((), dtype=torch.long, device=hidden.device)
+    result: tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]
+    return result
+
+
+def reference_linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """What :func:`linear_cross_entropy` computes, with all logits."""
+    return reference_cross_entropy(F.linear(hidden, weight, bias), targets)

