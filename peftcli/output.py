@@ -68,6 +68,8 @@ class OutputFolder:
             self._lock.write(f"process {os.getpid()}")
             self._lock.flush()
         except OSError as error:
+            with contextlib.suppress(OSError):  # closing the file tries to write once more
+                self._release()
             raise CheckpointError(f"cannot write {self.path / '.lock'}: {error.strerror or error}", hint="free some space.") from error
         there = self._there()
         if there and not self.resume and not self.overwrite:

@@ -14,6 +14,7 @@ from peftcli.recipe.schema import Recipe
 
 # Settings that may change when a run is resumed: they do not influence the weights.
 _FREE = (
+    "dataset.streaming",
     "train.logging_steps",
     "train.save_steps",
     "train.save_total_limit",

@@ -23,8 +23,8 @@ from peftcli.errors import CheckFailed, CheckpointError, DataError, OutOfMemoryE
 from peftcli.evaluate import Evaluator, Scores
 from peftcli.forecast import Forecast
 from peftcli.interchange import hf_peft
-from peftcli.lock import Lock
 from peftcli.kernels import fast
+from peftcli.lock import Lock
 from peftcli.methods import registry
 from peftcli.methods.base import Context, Method, TrainingBatch
 from peftcli.methods.kinds import new_modules, trains_base_weights

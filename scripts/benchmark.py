@@ -64,7 +64,12 @@ class Case:
             method |= {"rank": self.rank, "alpha": 2 * self.rank, "dropout": 0.0, "target_modules": "all-linear"}
         model = {"name": str(work / "model"), "dtype": self.dtype, "quantization": "nf4" if self.method == "qlora" else None}
         rows = {"train": str(work / "rows.jsonl"), "max_length": self.max_length, "shuffle": False, "limit": self.steps * self.batch_size}
-        train: dict[str, Any] = {"max_steps": self.steps, "batch_size": self.batch_size, "learning_rate": self.learning_rate, "logging_steps": 1}
+        train: dict[str, Any] = {
+            "max_steps": self.steps,
+            "batch_size": self.batch_size,
+            "learning_rate": self.learning_rate,
+            "logging_steps": 1,
+        }
         train |= {"scheduler": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0, "seed": SEED}
         return {"base_model": model, "method": method, "dataset": rows, "train": train, "output_dir": str(work / "run")}
 

@@ -86,7 +86,7 @@ def run(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     file = folder.with_suffix(".json")
     file.write_text(json.dumps(settings), encoding="utf-8")
     command = [sys.executable, "-m", "peftcli", "train", str(file), f"output_dir={folder}", "--overwrite"]
-    ended = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    ended = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)  # noqa: S603 - our own command
     if ended.returncode:
         raise SystemExit(f"{folder.name} ended with exit code {ended.returncode}:\n{ended.stderr[-2000:]}")
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
@@ -128,8 +128,9 @@ def table(found: Mapping[str, Any]) -> str:
     seeds = f"{counts[-1]} seed{'s' * (counts[-1] > 1)}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
     where = found["environment"]
     return "\n".join(lines) + (
-        f"\n\nMiniLM ({first['parameters'] / 1e6:.0f} million parameters, `{found['model']}`) on SST-2: {found['train_rows']:,} training rows, "
-        f"{first['steps']} steps of 16 rows, {first['rows']} held-out rows, {seeds} (mean ± standard deviation). Head and pooler learn at "
+        f"\n\nMiniLM ({first['parameters'] / 1e6:.0f} million parameters, `{found['model']}`) on SST-2: "
+        f"{found['train_rows']:,} training rows, {first['steps']} steps of 16 rows, {first['rows']} held-out rows, "
+        f"{seeds} (mean ± standard deviation). Head and pooler learn at "
         f"{HEAD_RATE:g}, with `full` at its one rate. Times are of one thread of a shared machine. {where['device_name']}, "
         f"{where['cpu_capability']}, torch {where['torch']}, transformers {where['transformers']}."
     )

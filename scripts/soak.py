@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python scripts/soak.py                                  # everything, as `make soak` does
     OMP_NUM_THREADS=1 python scripts/soak.py --methods lora full --kills 20   # less of it
+    OMP_NUM_THREADS=1 python scripts/soak.py --kills 0                        # no kills
 
-The counts are written to scripts/results/soak.json as they come. The exit code is 1 where anything was lost, passed in silence, or
-ended in a traceback.
+The counts are written to scripts/results/soak.json as they come, beside those of the parts that are not tried this time. The exit
+code is 1 where anything was lost, passed in silence, or ended in a traceback.
 """
 
 from __future__ import annotations
@@ -215,7 +216,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if os.environ.get("OMP_NUM_THREADS") != "1":
         parser.error("the runs are forks of this process: set OMP_NUM_THREADS=1")
-    found: Count = {"seed": options.seed, "kills": {}}
+    # What is not tried this time keeps the counts of the time before.
+    found: Count = json.loads(options.results.read_text(encoding="utf-8")) if options.results.is_file() else {"kills": {}}
 
     def write() -> None:
         options.results.parent.mkdir(parents=True, exist_ok=True)

@@ -9,12 +9,14 @@ A part stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.
 from __future__ import annotations
 
 import ast
+import json
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from compare_methods import RESULTS, table
 from pydantic import BaseModel
 
 from peftcli.commands.methods import among, facts, families, merges
@@ -153,10 +155,16 @@ def faults() -> str:
     raise SystemExit("the faulty recipe has no fault")
 
 
+def compared() -> str:
+    """All methods at an equal budget, as recorded."""
+    return table(json.loads(RESULTS.read_text(encoding="utf-8")))
+
+
 PARTS = {
     "faults": faults,
     "measured": measured,
     "methods": methods,
+    "compared": compared,
     "reference": reference_markdown,
     "templates": templates,
     "report": report,

@@ -6,7 +6,8 @@ import codecs
 import hashlib
 import json
 import re
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -64,7 +65,7 @@ class FileSource:
             self.hashes[path] = sha256_of(path)
         return self.hashes[path]
 
-    def rows(self, faults: Faults, used: list[tuple[str, str]], only: Container[int] | None = None) -> Iterator[Row]:
+    def rows(self, faults: Faults, used: list[tuple[str, str]], only: Container[int] | None = None) -> Generator[Row, None, None]:
         """All rows; ``used`` gets (name, sha256) of each file as it is begun. ``only``: see :func:`read_file`."""
         for path, shown in self.files:
             used.append((shown, self.sha256(path)))
@@ -94,7 +95,7 @@ class HubSource:
     key: str | None
     notes: list[str] = field(default_factory=list)
 
-    def rows(self, faults: Faults, used: list[tuple[str, str]], only: Container[int] | None = None) -> Iterator[Row]:
+    def rows(self, faults: Faults, used: list[tuple[str, str]], only: Container[int] | None = None) -> Generator[Row, None, None]:
         """All rows; ``used`` gets (label, sha256 of the rows as JSON) once the last one asked for was read."""
         digest, index = hashlib.sha256(), -1
         try:
@@ -158,9 +159,8 @@ def read_source(opened: Source, stop: int | None = None, *, skip: bool = False) 
     """
     faults = Faults(skip=skip)
     used: list[tuple[str, str]] = []
-    rows = opened.rows(faults, used)
-    taken = list(islice(rows, stop))
-    rows.close()  # type: ignore[attr-defined]
+    with closing(opened.rows(faults, used)) as rows:
+        taken = list(islice(rows, stop))
     faults.raise_if_any()
     return SourceRows(taken, used, opened.notes, faults.skipped)
 

@@ -7,14 +7,16 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
 from importlib import metadata
 from itertools import chain, islice
 from pathlib import Path
@@ -184,12 +186,6 @@ class StoredRows:
         """Keys of what the usable rows ask."""
         return np.asarray(self.store.rows["input"][self.usable])
 
-    @cached_property
-    def first(self) -> Places:
-        """The number of each row's first piece."""
-        pieces = np.asarray(self.store.rows["pieces"], np.int64)
-        return np.cumsum(pieces) - pieces
-
     def items(self, places: Places) -> list[Item]:
         """Usable rows by their places among these, in the source's order, read again."""
         rows = np.sort(self.usable[places])
@@ -254,6 +250,8 @@ def store_rows(source: Source, job: Job, *, stop: int | None, faults: Faults, pr
         }
 
     stored, again = store.open_or_build(key, build)
+    if known is None:
+        weakref.finalize(stored, shutil.rmtree, stored.folder, ignore_errors=True)
     if again:
         for origin, reason in (*stored.facts["unread"], *stored.facts["unrendered"]):
             faults.add(reason, at=origin)
@@ -279,8 +277,8 @@ def _key(job: Job, *parts: Any) -> str:
 def _chunks(source: Source, faults: Faults, used: list[tuple[str, str]], stop: int | None) -> Iterator[_Chunk]:
     """The source in chunks of one file each, up to ``stop`` rows; ``used`` gets (name, hash) of what was read."""
     if not isinstance(source, FileSource):
-        rows = islice(source.rows(faults, used), stop)
-        yield from (_Chunk(0, source.shown, 0, None, group) for group in _groups(rows))
+        with closing(source.rows(faults, used)) as rows:
+            yield from (_Chunk(0, source.shown, 0, None, group) for group in _groups(islice(rows, stop)))
         return
     left = stop
     for number, (path, shown) in enumerate(source.files):
@@ -302,14 +300,14 @@ def _groups(rows: Iterator[Row]) -> Iterator[list[Row]]:
 
 def _line_chunks(path: Path, shown: str, number: int, faults: Faults) -> Iterator[_Chunk]:
     """Whole lines, of about a megabyte together."""
-    first, seen = 1, False
+    first, seen, before = 1, False, faults.count
     with opened(path, shown, faults) as stream:
         while stream is not None and (lines := stream.readlines(_CHUNK_BYTES)):
             data = b"".join(lines)
             seen = seen or bool(data.strip())
             yield _Chunk(number, shown, first, data, [])
             first += len(lines)
-        if stream is not None and not seen and not faults.count:
+        if stream is not None and not seen and faults.count == before:
             faults.add("the file has no rows", at=shown)
 
 

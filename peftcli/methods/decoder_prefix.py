@@ -32,7 +32,7 @@ class PromptedDecoder(PromptedLayers):
         super().__init__(base, values, encoder, layers, heads)
         if classification_heads(base):
             raise UsageError(
-                f"{type(base).__name__} judges texts, and no file format has the prefix of an encoder-decoder that does",
+                f"{type(base).__name__} judges texts, and takes no prefix: PEFT's files have none for an encoder-decoder that does",
                 hint="choose a method that does not depend on the attention, such as lora.",
             )
         found = [module for module in cast(Any, base).get_decoder().modules() if _takes_prefix(module)]

@@ -151,8 +151,8 @@ def train_new_tokens(model: Any, ctx: Context, whole: Collection[str] = ()) -> N
             continue
         if model.config.is_encoder_decoder:
             raise UsageError(
-                "base_model.new_tokens: the encoder and the decoder each have the embeddings of an encoder-decoder, and their new rows cannot "
-                "be trained by themselves",
+                "base_model.new_tokens: the encoder and the decoder each have the embeddings of an encoder-decoder, and new rows of "
+                "them cannot be trained by themselves",
                 hint="train all of them, with method full, or write the texts with the tokens that are there.",
             )
         follows = tied and shared is not None

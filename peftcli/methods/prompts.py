@@ -388,8 +388,8 @@ def start_at(last: nn.Linear, hidden: Tensor, values: Tensor) -> None:
     with torch.no_grad():
         missing = values.to(hidden).double() - last(hidden).double()
         change = torch.linalg.pinv(nn.functional.pad(hidden.double(), (0, 1), value=1.0)) @ missing
-        last.weight += change[:-1].T
-        last.bias += change[-1]
+        last.weight.add_(change[:-1].T)
+        last.bias.add_(change[-1])
 
 
 def initialised(module: nn.Module, ctx: Context, name: str) -> nn.Module:

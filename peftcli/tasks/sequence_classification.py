@@ -189,7 +189,9 @@ def number_scores(found: Floats, wanted: Floats) -> dict[str, Metric]:
     def pearson(sums: Floats) -> Floats:
         rows, x, y, xx, yy, xy = np.moveaxis(sums, -1, 0)
         spread = (xx - x**2 / rows) * (yy - y**2 / rows)
-        return np.divide(xy - x * y / rows, np.sqrt(np.maximum(spread, 0)), out=np.full_like(xy, np.nan), where=spread > 1e-24 * xx * yy)
+        known = spread > 1e-24 * xx * yy
+        found: Floats = np.divide(xy - x * y / rows, np.sqrt(np.maximum(spread, 0)), out=np.full_like(xy, np.nan), where=known)
+        return found
 
     def spearman(rows: Ints) -> float:
         if not (np.ptp(found[rows]) and np.ptp(wanted[rows])):

@@ -14,7 +14,6 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_contract_classification import FITS
 from torch import Tensor
 
 from peftcli.data.splits import LabelledSplit
@@ -29,7 +28,7 @@ LINEAR_ONLY = {"loha", "lokr"}
 # Other bodies and heads: RoBERTa (a head of two layers, positions after the padding's id), DistilBERT (`pre_classifier`), T5
 # (`classification_head`). What takes no prefix or prompt there says so; see below.
 OTHERS = {"roberta": set(), "distilbert": {"prefix_tuning", "ia3"}, "t5": {"prefix_tuning", "prompt_tuning", "p_tuning"}}
-CASES = [(name, kind) for name in STOCK for kind in FITS[name] if kind != "gpt2" or name not in LINEAR_ONLY] + [
+CASES = [(name, kind) for name in STOCK for kind in classifiers.KINDS if kind != "gpt2" or name not in LINEAR_ONLY] + [
     (name, kind) for kind, without in OTHERS.items() for name in STOCK if name not in without
 ]
 

@@ -281,7 +281,7 @@ def slots(text: Iterator[str]) -> Iterator[dict[str, list[str]]]:
 @pytest.mark.slow
 @pytest.mark.skipif(DATA is None or MODELS is None, reason="PEFTCLI_DATA_DIR and PEFTCLI_MODELS_DIR are not set")
 def test_an_encoder_learns_to_find_attributes_in_real_descriptions(tmp_path: Path) -> None:
-    """MiniLM with LoRA on 400 descriptions; the held-out ones are of the published development set, whose restaurants are others."""
+    """MiniLM with LoRA on 240 descriptions; the held-out ones are of the published development set, whose restaurants are others."""
     assert DATA is not None and MODELS is not None
     with gzip.open(Path(DATA) / "e2e" / "trainset.csv.gz", "rt", encoding="utf-8") as file:
         train = list(slots(file))
@@ -289,16 +289,16 @@ def test_an_encoder_learns_to_find_attributes_in_real_descriptions(tmp_path: Pat
         held_out = list(slots(file))
     random.Random(0).shuffle(train)
     random.Random(1).shuffle(held_out)
-    write(tmp_path / "train.jsonl", train[:400])
-    write(tmp_path / "eval.jsonl", held_out[:100])
+    write(tmp_path / "train.jsonl", train[:240])
+    write(tmp_path / "eval.jsonl", held_out[:60])
     report = helpers.run(
         f"base_model: {{name: {Path(MODELS) / 'minilm'}, dtype: float32}}\ntask: token_classification\n"
         f"method: {{name: lora, rank: 8, alpha: 16}}\n"
         f"dataset: {{train: {tmp_path / 'train.jsonl'}, eval: {tmp_path / 'eval.jsonl'}, max_length: 128}}\n"
-        f"train: {{epochs: 3, batch_size: 16, learning_rate: 3e-3}}\noutput_dir: {tmp_path / 'run'}\n"
+        f"train: {{epochs: 2, batch_size: 8, learning_rate: 3e-3}}\noutput_dir: {tmp_path / 'run'}\n"
     )
     assert report.eval is not None and report.eval_before is not None
     assert report.eval_before.metrics["entity_f1"] < 0.1
-    assert report.eval.metrics["entity_f1"] > 0.85
+    assert report.eval.metrics["entity_f1"] > 0.8
     assert report.comparisons["entity_f1"].p_value < 0.01
-    assert report.comparisons["entity_f1"].interval[0] > 0.7
+    assert report.comparisons["entity_f1"].interval[0] > 0.6
