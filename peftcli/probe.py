@@ -189,9 +189,10 @@ def _build(family: str, values: dict[str, Any]) -> Any:
     import transformers
 
     facts = FAMILIES[family]
-    causal = facts.auto_model == "AutoModelForCausalLM"
     config = getattr(transformers, facts.config)(**values)
-    return getattr(transformers, facts.auto_model).from_config(config, attn_implementation=attention.register() if causal else None)
+    # As :func:`peftcli.model.load.load_base` does.
+    ours = facts.auto_model in ("AutoModelForCausalLM", "AutoModelForSequenceClassification")
+    return getattr(transformers, facts.auto_model).from_config(config, attn_implementation=attention.register() if ours else None)
 
 
 def _tiny(family: str, quantization: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
