@@ -77,12 +77,12 @@ class Case:
 # ---------------------------------------------------------------- in processes of their own
 
 
-def prepare_model(name: str, folder: Path) -> None:
-    """The base model as a plain folder that both sides read."""
+def prepare_model(name: str, dtype: str, folder: Path) -> None:
+    """The base model as a plain folder that both sides read, in the dtype that they compute in: its file is mapped, and counts."""
     from peftcli.model.load import load_base, open_base
     from peftcli.recipe.schema import BaseModelSection
 
-    base = load_base(open_base(BaseModelSection(name=name, dtype="float32")))
+    base = load_base(open_base(BaseModelSection.model_validate({"name": name, "dtype": dtype})))
     base.tokenizer.save_pretrained(folder)
     base.model.save_pretrained(folder)
 
@@ -348,7 +348,7 @@ def main() -> int:
         work: Path = args.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         if not (work / "model" / "config.json").exists():
-            apart(prepare_model, args.model, work / "model")
+            apart(prepare_model, args.model, args.dtype, work / "model")
         apart(floor, work / "model", work / "floor.json")
         facts["startup_floor_seconds"] = json.loads((work / "floor.json").read_text(encoding="utf-8"))["startup_seconds"]
         grid = [(m, n, b, r) for m in args.methods for n in args.max_lengths for b in args.batch_sizes for r in args.ranks]

@@ -84,7 +84,7 @@ def test_metrics_are_one_object_for_each_logged_step_and_evaluation(folder: Path
 
 def test_the_report_says_what_happened(folder: Path, report: Report) -> None:
     plain = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    assert plain["report_version"] == 1
+    assert plain["report_version"] == 2
     assert report.status == "completed"
     steps = [r for r in helpers.trace(folder) if "loss" in r]
     assert (report.train.steps, report.train.epochs) == (12, 2.0)

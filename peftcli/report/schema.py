@@ -2,7 +2,7 @@
 
 Plain numbers are finite; where a quantity has no finite value it is ``null`` and ``notes`` says why (``finite`` turns
 NaN and infinity into ``None``). Shares such as accuracies are between 0 and 1, times are seconds, sizes are bytes,
-losses are nats for each supervised token. Fields may be added within version 1; none changes its meaning or goes.
+losses are nats for each supervised token. Fields may be added within version 2; none changes its meaning or goes.
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ class Checks(Part):
 class Report(Part):
     """The whole report of one run."""
 
-    report_version: Literal[1] = 1
+    report_version: Literal[2] = 2
     status: Status
     error: Text | None = Field(None, description="Why the run failed, in one or a few lines.")
     created: str | None = Field(None, description="UTC time at which the run ended, ISO 8601.")

@@ -96,9 +96,9 @@ def _parse(text: str, path: Path) -> Report:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} is damaged: it holds a {type(data).__name__} where a report is an object")
     version = data.get("report_version")
-    if version != 1:
+    if version != 2:
         raise CheckpointError(
-            f"{path} has report_version {version!r}; this peftcli reads version 1", hint="use the peftcli release that wrote it"
+            f"{path} has report_version {version!r}; this peftcli reads version 2", hint="use the peftcli release that wrote it"
         )
     try:
         return Report.model_validate(data)

@@ -64,7 +64,7 @@ def measured(loss: float, accuracy: float, exact: float | None, exact_ends: list
 def build() -> dict[str, Any]:
     """The report as plain JSON values; tests change what they need and validate it."""
     return {
-        "report_version": 1,
+        "report_version": 2,
         "status": "completed",
         "created": "2026-11-20T16:12:08Z",
         "model": {

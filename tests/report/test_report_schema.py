@@ -78,7 +78,7 @@ def test_finite_makes_null_of_what_json_cannot_hold() -> None:
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        ("report_version", 2, "1"),
+        ("report_version", 1, "2"),
         ("status", "done", "completed"),
         ("surprise", 1, "Extra"),
         ("files", {"/etc/passwd": "0" * 64}, "relative"),

@@ -30,7 +30,7 @@ def test_json_is_stable_and_readable(tmp_path: Path, report: Report, metrics: Re
     write_report(tmp_path, Report.model_validate_json(first["report.json"]), metrics, recipe_text)
     assert {name: (tmp_path / name).read_bytes() for name in REPORT_FILES} == first
     text = first["report.json"].decode()
-    assert text.startswith('{\n  "report_version": 1,\n  "status": "completed"')
+    assert text.startswith('{\n  "report_version": 2,\n  "status": "completed"')
     assert text.endswith("}\n")
     assert "把客厅" in text
 
@@ -88,11 +88,11 @@ def test_missing_report(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"", r"report\.json:1:1 is damaged"),
-        (b'{"report_version": 1,\n "status": "comp', r"report\.json:2:\d+ is damaged"),
+        (b'{"report_version": 2,\n "status": "comp', r"report\.json:2:\d+ is damaged"),
         (b"\xff\xfe{}", "byte 0 is not UTF-8"),
         (b"[1, 2]", "holds a list"),
         (b'{"report_version": 7}', "report_version 7"),
-        (b'{"report_version": 1}', "does not fit"),
+        (b'{"report_version": 2}', "does not fit"),
         (b'{"report_version": NaN}', "holds NaN"),
         (b"[" * 200_000, "is damaged"),
     ],
