@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import compare_classifiers
 from compare_methods import RESULTS, table
 from pydantic import BaseModel
 
@@ -155,6 +156,11 @@ def faults() -> str:
     raise SystemExit("the faulty recipe has no fault")
 
 
+def classifiers() -> str:
+    """The comparison of methods on a classifier."""
+    return compare_classifiers.table(json.loads(compare_classifiers.RESULTS.read_text(encoding="utf-8")))
+
+
 def compared() -> str:
     """All methods at an equal budget, as recorded."""
     return table(json.loads(RESULTS.read_text(encoding="utf-8")))
@@ -165,6 +171,7 @@ PARTS = {
     "measured": measured,
     "methods": methods,
     "compared": compared,
+    "classifiers": classifiers,
     "reference": reference_markdown,
     "templates": templates,
     "report": report,

@@ -176,9 +176,7 @@ class Converter:
         plain: nothing is put around the texts, neither a chat template nor the Stanford prompt text.
     """
 
-    def __init__(
-        self, format: str, mapping: Mapping[str, str], *, chat: bool, system: str | None = None, plain: bool = False
-    ) -> None:
+    def __init__(self, format: str, mapping: Mapping[str, str], *, chat: bool, system: str | None = None, plain: bool = False) -> None:
         self.format = format
         self.mapping = mapping
         self.chat = chat

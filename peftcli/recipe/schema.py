@@ -181,7 +181,10 @@ class TrainSection(Section):
     )
     learning_rate: float = Field(2e-4, gt=0.0, lt=100.0, description="Peak learning rate.")
     head_learning_rate: float | None = Field(
-        None, gt=0.0, lt=100.0, description="Peak learning rate of a task's fresh output layer, and of a pooler that is trained with it; `null`: the same."
+        None,
+        gt=0.0,
+        lt=100.0,
+        description="Peak learning rate of a task's fresh output layer, and of a pooler that is trained with it; `null`: the same.",
     )
     scheduler: Scheduler = Field("cosine", description="Learning rate after the warm-up: `cosine` or `linear` to zero, or `constant`.")
     warmup_ratio: Fraction = Field(0.03, description="Fraction of the steps in which the learning rate rises from zero.")
