@@ -28,9 +28,13 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _two_threads() -> None:
-    """Results must not depend on the machine that runs the tests."""
+def _any_machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results must not depend on the machine that runs the tests: one thread, and `dtype: auto` is float32 but for real models."""
     import sys
 
     if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)
+        torch = sys.modules["torch"]
+        torch.set_num_threads(1)
+        if request.node.get_closest_marker("slow") is None:
+            for probe in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+                monkeypatch.setattr(torch.cpu, probe, lambda: False, raising=False)

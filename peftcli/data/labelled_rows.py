@@ -182,8 +182,10 @@ class LabelledRows(RowKind[Fitted]):
             texts = [rows[index].text for index in chosen]
             second = [f"{between}{rows[index].text_pair}" for index in chosen] if paired else None
             for key, values in self.tokenizer(texts, second, verbose=False, **settings).items():
+                if key not in encoded:
+                    encoded[key] = [[] for _ in rows]
                 for index, value in zip(chosen, values, strict=True):
-                    encoded.setdefault(key, [[] for _ in rows])[index] = value
+                    encoded[key][index] = value
         return encoded
 
     @property

@@ -9,6 +9,7 @@ The plain reference (:func:`reference_attention`) builds the block-diagonal mask
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -284,9 +285,20 @@ class _Products(torch.autograd.Function):
         return for_query, for_key, for_value, None, None, None
 
 
+def _common(*parts: Tensor) -> torch.dtype:
+    """The dtype that products of ``parts`` are computed in."""
+    device = parts[0].device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return functools.reduce(torch.promote_types, (part.dtype for part in parts))
+
+
 def _short_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, causal: bool) -> Tensor:
     """[rows, heads, longest, width] by plain products. On the CPU the fused kernel's backward pass costs more than these
     for short rows; query heads that share a key-value head are one taller matrix, so nothing is repeated."""
+    if not query.dtype == key.dtype == value.dtype:
+        # Under autocast positions turn queries and keys into float32; the fused kernel is given one dtype by autocast itself.
+        query, key, value = (x.to(_common(query, key, value)) for x in (query, key, value))
     rows, heads, longest, width = query.shape
     shared = key.shape[1]
     hidden = None

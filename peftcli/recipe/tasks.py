@@ -59,8 +59,8 @@ class SequenceClassificationTask(TaskSection):
     )
     labels: Annotated[list[str], Field(min_length=1)] | None = Field(
         None,
-        description="The labels in the order of the model's outputs, by which whole numbers in the rows may stand for them. `null`: those of "
-        "the training rows, sorted.",
+        description="The labels in the order of the model's outputs, by which whole numbers in the rows may stand for them. `null`: "
+        "those of the training rows, sorted.",
     )
     train_pooler: bool = Field(
         False,

@@ -27,9 +27,10 @@ def test_exactly_the_biases_move_and_their_gradients_are_full_fine_tunings() -> 
     losses = [helpers.loss_of(one, split) for one in (model, whole)]
     for loss in losses:
         loss.backward()
-    assert torch.equal(*losses)
+    # A frozen output layer's loss is computed in another order than a trained one's.
+    assert torch.allclose(*losses, rtol=1e-12, atol=0)
     grads = helpers.gradients(whole)
-    assert all(torch.equal(grad, grads[name]) for name, grad in helpers.gradients(model).items())
+    assert all(torch.allclose(grad, grads[name], rtol=1e-9, atol=1e-12) for name, grad in helpers.gradients(model).items())
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-tied"])
@@ -90,7 +91,7 @@ def test_merged_weights_go_back_to_the_bases_dtype() -> None:
 def test_new_tokens_are_trained_beside_the_biases(tmp_path: Path) -> None:
     method = helpers.make_method("bitfit")
     model = method.apply(helpers.tiny_model("gpt2"), Context(new_token_ids=(261, 262)))
-    assert torch.equal(helpers.logits(model), helpers.logits(helpers.tiny_model("gpt2")))
+    assert helpers.same(helpers.logits(model), helpers.logits(helpers.tiny_model("gpt2")))
     helpers.stir(model)
     hf_peft.save_adapter(tmp_path, model, method, base_model="some/base", revision=None)
     again = hf_peft.apply_adapter(helpers.tiny_model("gpt2"), hf_peft.read_adapter(tmp_path), Context())

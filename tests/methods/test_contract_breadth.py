@@ -254,9 +254,11 @@ def test_stock_peft_loads_every_file_without_a_key_too_many_or_too_few(name: str
     hf_peft.save_adapter(tmp_path / "adapter", model, method, base_model="some/base", revision=None)
     tensors = load_file(tmp_path / "adapter" / hf_peft.WEIGHTS)
     assert tensors
-    assert list(tensors) == sorted(tensors)
     form = method.peft
     assert form is not None
+    # Tensors without elements share their places in the file, so their order says nothing.
+    filled = [key for key, tensor in tensors.items() if tensor.numel()]
+    assert filled == sorted(filled)
     assert all(tensor.numel() or form.empty for tensor in tensors.values())
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(missing|unexpected).*keys.*")

@@ -256,8 +256,8 @@ def test_shifted_starts_are_saved_relative_to_the_original_base(
         assert float((helpers.logits(merge(model)) - before).abs().max()) <= 1e-9
     else:
         rows = [row.numpy() for row in helpers.some_ids(8, 40)]
-        before = logits_of(model, rows, torch.device("cpu"))
-        found = parity(before, logits_of(merge(model), rows, torch.device("cpu")), exact=False)
+        before = logits_of(helpers.CAUSAL_LM, model, rows, torch.device("cpu"))
+        found = parity(before, logits_of(helpers.CAUSAL_LM, merge(model), rows, torch.device("cpu")), exact=False)
         assert found.kl <= 5e-3
         assert quantization == "int8" or found.max_difference <= 1e-4
 
