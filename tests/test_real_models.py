@@ -53,7 +53,7 @@ def test_quickstart_learns(quickstart: tuple[Path, Report]) -> None:
     assert report.checks.live_adapter is not None and report.checks.live_adapter.passed
     assert report.checks.live_adapter.keys == 420
     assert len(report.examples) == 3 and all(example.before is not None for example in report.examples)
-    assert json.loads((folder / "report.json").read_text())["eval"]["exact_match"] is not None
+    assert json.loads((folder / "report.json").read_text())["eval"]["metrics"]["exact_match"] is not None
 
 
 def test_quickstart_through_stock_peft(quickstart: tuple[Path, Report]) -> None:
