@@ -223,11 +223,18 @@ def store_rows(source: Source, job: Job, *, stop: int | None, faults: Faults, pr
         unopened = Faults(skip=True)
         refused = Faults()
         rendered = False
+
+        def note(found: list[Skipped], kept: list[Skipped], hint: str | None) -> None:
+            kept.extend(found)
+            for origin, reason in found:
+                faults.add(reason, at=origin, hint=hint)
+
         for done in _ordered(job, _chunks(source, unopened, read, stop), count):
-            for found, kept, hint in ((done.unread, unread, done.hints[0]), (done.unrendered, unrendered, done.hints[1])):
-                kept.extend(found)
-                for origin, reason in found:
-                    faults.add(reason, at=origin, hint=hint)
+            # What this process itself met while it read comes first, as it does where rows are kept in memory.
+            note(unopened.skipped, unread, unopened.hint)
+            unopened.skipped.clear()
+            note(done.unread, unread, done.hints[0])
+            note(done.unrendered, unrendered, done.hints[1])
             for origin, reason in done.refused:
                 refused.add(reason, at=origin, hint=done.hints[2])
             if done.origin is not None:
@@ -235,9 +242,7 @@ def store_rows(source: Source, job: Job, *, stop: int | None, faults: Faults, pr
             columns.update(dict.fromkeys(done.columns))
             rendered |= done.rendered
             writer.append(done.block)
-        unread.extend(unopened.skipped)
-        for origin, reason in unopened.skipped:
-            faults.add(reason, at=origin, hint=unopened.hint)
+        note(unopened.skipped, unread, unopened.hint)
         faults.raise_if_any()
         refused.raise_if_any()
         return {
