@@ -9,6 +9,7 @@ from typing import Any
 
 from peftcli import environment
 from peftcli.data.prepare import Prepared
+from peftcli.estimate import Estimate
 from peftcli.evaluate import Scores
 from peftcli.kernels import fast
 from peftcli.model.load import Base
@@ -19,7 +20,7 @@ from peftcli.tasks.answers import judged
 from peftcli.tasks.intervals import Difference
 from peftcli.train.checkpoint import Progress
 from peftcli.train.loop import Loop
-from peftcli.train.memory import peak_memory
+from peftcli.train.memory import Peak
 
 
 def make_report(
@@ -29,6 +30,8 @@ def make_report(
     loop: Loop,
     *,
     status: rs.Status,
+    peak: Peak,
+    need: Estimate | None = None,
     error: str | None = None,
     after: Scores | None = None,
     check: rs.LiveAdapterCheck | None = None,
@@ -37,6 +40,7 @@ def make_report(
     """The report of a run that ended with ``status``, the recipe's gates judged.
 
     Args:
+        peak: of the memory, since the run began. ``need``: what was predicted where the recipe limits it.
         after: metrics of the tuned model. ``check``: of the saved weights. ``files``: sha256 by relative path.
     """
     progress = loop.progress
@@ -57,7 +61,7 @@ def make_report(
             files=[rs.DataFile(path=path, sha256=digest) for path, digest in data.files],
             batch_order_sha256=loop.plan.digest(progress.epoch + 1),
         ),
-        train=_train(recipe, loop),
+        train=_train(recipe, loop, peak, need),
         eval_before=eval_info(progress.before) if progress.before and measured else None,
         eval=eval_info(asdict(after)) if after else None,
         comparisons=comparisons(Scores(**progress.before), after) if progress.before and measured and after else {},
@@ -65,7 +69,11 @@ def make_report(
         environment=environment.describe(loop.accelerator.device, deterministic=recipe.train.deterministic),
         files=files or {},
         checks=rs.Checks(label_audit=data.audit.to_dict(), live_adapter=check),
-        notes=[*data.audit.notes, *([] if measured else ["the base model's held-out loss is not a number"])],
+        notes=[
+            *data.audit.notes,
+            *(loop.method.notes() if files else []),
+            *([] if measured else ["the base model's held-out loss is not a number"]),
+        ],
     )
     return report.model_copy(update={"gates": judge(recipe.expect, report)})
 
@@ -83,9 +91,9 @@ def _model(recipe: Recipe, base: Base, loop: Loop) -> rs.ModelInfo:
     )
 
 
-def _train(recipe: Recipe, loop: Loop) -> rs.TrainInfo:
+def _train(recipe: Recipe, loop: Loop, peak: Peak, need: Estimate | None) -> rs.TrainInfo:
     progress: Progress = loop.progress
-    memory, kind = peak_memory(loop.accelerator.device)
+    memory, phase = peak.look()
     seconds = max(progress.seconds, 1e-9)
     plan = loop.plan
     return rs.TrainInfo(
@@ -101,7 +109,10 @@ def _train(recipe: Recipe, loop: Loop) -> rs.TrainInfo:
         tokens_per_second=progress.tokens / seconds,
         supervised_tokens_per_second=progress.supervised_tokens / seconds,
         peak_memory_bytes=memory,
-        peak_memory_kind="allocated" if kind == "allocated" else "resident",
+        peak_memory_kind="allocated" if loop.accelerator.device.type == "cuda" else "resident",
+        peak_memory_phase=phase,
+        predicted_memory_bytes=need.total if need else None,
+        memory_plan=str(need.plan) if need else None,
         world_size=loop.accelerator.num_processes,
         batch_order=f"{'shuffled' if plan.shuffle else 'file order'}, seed {plan.seed}",
         optimizer=recipe.train.optimizer,
@@ -146,8 +157,8 @@ def _examples(recipe: Recipe, data: Prepared, before: dict[str, Any] | None, aft
                 reference=item.reference,
                 before=old,
                 after=new,
-                correct_before=None if old is None else judged(recipe.eval.metrics, old, item.reference),
-                correct_after=judged(recipe.eval.metrics, new, item.reference),
+                correct_before=None if old is None else judged(recipe.eval.metrics, old, item.references),
+                correct_after=judged(recipe.eval.metrics, new, item.references),
             )
         )
     return examples

@@ -22,6 +22,7 @@ from peftcli.methods import registry
 from peftcli.recipe.load import LoadedRecipe, parse_recipe
 from peftcli.recipe.render import commented_recipe
 from peftcli.recipe.schema import SourceSection, TrainSection
+from peftcli.recipe.sizes import parse_size
 from peftcli.recipe.tasks import CausalLMTask
 from peftcli.report.text import size
 
@@ -31,7 +32,6 @@ __all__ = ["Advice", "advise", "parse_memory"]
 _SAMPLE, _SHARE = 1000, 0.9
 # Rows that make training every weight worth its memory.
 _MANY = 10_000
-_UNITS = {"mb": 1e6, "gb": 1e9, "tb": 1e12, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 # Names that columns have in the wild, the likeliest first.
 _QUESTIONS = ("question", "query", "problem", "request", "source", "input", "context", "prompt", "instruction")
 _ANSWERS = ("answer", "response", "reply", "solution", "target", "output", "summary", "completion")
@@ -63,10 +63,10 @@ def parse_memory(text: str) -> int:
     Raises:
         UsageError: it is no size.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b)\s*", text, re.IGNORECASE)
-    if found is None or found[2].lower() not in _UNITS or float(found[1]) <= 0:
-        raise UsageError(f"--memory: {text!r} is no size", hint="write a number and a unit, such as 24GB, 512MB or 16GiB.")
-    return int(float(found[1]) * _UNITS[found[2].lower()])
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise UsageError(f"--memory: {error}", hint="write a number and a unit, such as 24GB, 512MB or 16GiB.") from None
 
 
 def advise(model: str, data: str, output: Path, *, memory: int | None = None, method: str | None = None) -> Advice:

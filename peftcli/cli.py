@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
-import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
-from peftcli import __version__
+from peftcli import __version__, ending
 from peftcli import cli_repeat as repeat
 from peftcli.cli_options import (
     BaseModel,
@@ -22,7 +20,6 @@ from peftcli.cli_options import (
     ResultPath,
     ResultPaths,
 )
-from peftcli.errors import CheckpointError, OutOfMemoryError, PeftcliError
 
 app = typer.Typer(
     name="peftcli",
@@ -383,56 +380,9 @@ def _finish(report: Any, folder: Path, json: bool) -> None:
     refuse(report.gates)
 
 
-def _fail(error: PeftcliError) -> NoReturn:
-    from rich.console import Console
-    from rich.text import Text
-
-    from peftcli.recipe.redact import redact
-
-    console = Console(stderr=True, soft_wrap=True)
-    console.print(Text.assemble(("error: ", "bold red"), redact(error.message)))
-    if error.hint:
-        console.print(Text.assemble(("hint: ", "bold"), redact(error.hint)))
-    sys.exit(error.exit_code)
-
-
-# What a full, failing or read-only disk answers.
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-
-
 def main() -> None:
     """Run the command line; a user's mistake ends in one message and a documented exit code, never in a traceback."""
-    try:
-        app()
-    except PeftcliError as error:
-        _fail(error)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except MemoryError:
-        _fail(_out_of_memory())
-    except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError" or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
-            _fail(_out_of_memory())
-        if isinstance(error, OSError) and error.errno in _DISK:
-            where = f"{error.filename}: " if error.filename else ""
-            _fail(CheckpointError(f"{where}{error.strerror}", hint="free some space, or choose another output_dir; --resume goes on."))
-        if isinstance(error, RuntimeError) and "deterministic" in str(error):
-            _fail(PeftcliError(str(error).splitlines()[0], hint="set train.deterministic=false to allow it."))
-        raise
-    except BaseException as error:
-        code = getattr(error, "exit_code", None)
-        if code is None or isinstance(error, SystemExit):
-            raise
-        sys.stderr.write(f"{error}\nhint: --resume goes on from there.\n")
-        sys.exit(code)
-
-
-def _out_of_memory() -> OutOfMemoryError:
-    return OutOfMemoryError(
-        "memory ran out",
-        hint="lower train.batch_size (and raise train.gradient_accumulation_steps), lower dataset.max_length, "
-        "set train.gradient_checkpointing=true, or base_model.quantization=nf4; `peftcli check RECIPE` estimates the need.",
-    )
+    ending.run(app)
 
 
 if __name__ == "__main__":

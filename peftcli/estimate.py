@@ -1,12 +1,15 @@
 """What a run will need, found without weights: model and method are built from fake tensors (shapes without numbers), and one
-forward and backward pass of the largest batch counts the bytes that are alive. No layer or method is known by name."""
+forward and backward pass of the largest batch counts the bytes that are alive. No layer or method is known by name. Where the recipe
+limits the memory, further passes tell what each layer takes, and which of them have to be recomputed."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import weakref
-from collections.abc import Iterator, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,15 +18,21 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from peftcli.data.batching import Plan
 from peftcli.data.prepare import Prepared
 from peftcli.data.splits import Split
+from peftcli.errors import OutOfMemoryError
 from peftcli.kernels import attention
 from peftcli.methods.base import Context, Method
 from peftcli.methods.kinds import trains_base_weights
+from peftcli.model.fused import fuse
 from peftcli.model.load import CAUSAL_LM, Opened, checkpoint_activations, quantizable
+from peftcli.planner import LayerCost, MemoryPlan, apply, choose, layers, peak, smallest
 from peftcli.recipe.schema import Recipe
+from peftcli.recipe.sizes import parse_size
+from peftcli.report.text import size
 from peftcli.tasks.base import Layout, Task
 
 # Bytes of optimizer state for each trained parameter.
@@ -37,9 +46,14 @@ _PACKED = {
 }
 
 
-# Of what a step keeps alive, so much more stays with the process: the C library's heap is cut into pieces of many sizes and gives few
-# back. Resident memory of ten steps of the quickstart, LoRA and full, two batch sizes: 0.58 to 0.68.
-_HEAP = 0.65
+# Of what a step keeps alive, so much more stays with the process: the C library's heap is cut into pieces of many sizes.
+_HEAP = 0.15
+# What the libraries take once they compute: code, and prepared products.
+_COMPUTING = 60 * 2**20
+# Rows on which the model in memory and the model read back from disk are compared.
+CHECK_ROWS = 16
+# Plans that are tried before nothing is said to fit.
+_ATTEMPTS = 4
 # What reading a GGUF file takes beside the dense weights, as a share of these: 0.7 on the same model.
 _GGUF = 0.7
 
@@ -56,6 +70,7 @@ class Estimate:
         allocator: on the CPU, what the heap holds beyond that.
         copies: of the weights, while they are read or written.
         program: Python, torch and the libraries themselves (on the CPU, where memory is counted for the process).
+        plan: which layers are recomputed.
     """
 
     parameters: int
@@ -68,6 +83,7 @@ class Estimate:
     allocator: int = 0
     copies: int = 0
     program: int = 0
+    plan: MemoryPlan = MemoryPlan()
 
     @property
     def total(self) -> int:
@@ -84,7 +100,9 @@ def fake_model(opened: Opened, dtype: torch.dtype, mode: FakeTensorMode, task: T
         config.pad_token_id = opened.tokenizer.pad_token_id
     kernel = {"attn_implementation": attention.register()} if task.auto_model == CAUSAL_LM else {}
     with mode:
-        return getattr(transformers, task.auto_model).from_config(config, dtype=dtype, trust_remote_code=opened.trust_remote_code, **kernel)
+        model = getattr(transformers, task.auto_model).from_config(config, dtype=dtype, trust_remote_code=opened.trust_remote_code, **kernel)
+    fuse(model)
+    return model
 
 
 def estimate(
@@ -99,9 +117,10 @@ def estimate(
     *,
     device: torch.device,
     program: int,
+    files: int = 0,
     gguf: bool = False,
 ) -> Estimate:
-    """Apply ``method`` to the fake ``model`` and count.
+    """Apply ``method`` to the fake ``model``, choose what it recomputes, and count.
 
     Args:
         model: of :func:`fake_model`; changed in place. ``mode``: the one that it was made in.
@@ -109,8 +128,13 @@ def estimate(
         data, plan: the rows and their order, from which the largest batches are taken.
         dtype: of the computation.
         program: bytes that the process itself takes.
+        files: bytes of the weights' files. On the CPU they are mapped while they are read.
         gguf: the weights come from a GGUF file.
+
+    Raises:
+        OutOfMemoryError: nothing fits into the recipe's ``train.memory_budget``; says what would.
     """
+    on_cpu = device.type == "cpu"
     parameters = sum(p.numel() for p in model.parameters())
     loaded = sum(p.numel() * p.element_size() for p in model.parameters())
     kind = recipe.base_model.quantization
@@ -118,8 +142,9 @@ def estimate(
     quantized = {id(m.weight) for m in linears.values()} if kind else set()
     ids = tuple(range(len(recipe.base_model.new_tokens)))
     with mode:
-        # Any text will do, and initial values do not matter: shapes do not depend on them.
-        model = method.apply(model, Context(recipe.train.seed, ids, kind is not None, encode=lambda _: [0], from_file=True))
+        # Any text will do: shapes do not depend on it.
+        ctx = Context(recipe.train.seed, ids, kind is not None, encode=lambda _: [0], from_file=True, shapes_only=True)
+        model = method.apply(model, ctx)
     weights = 0.0
     for parameter in model.parameters():
         if id(parameter) in quantized:
@@ -128,38 +153,109 @@ def estimate(
         else:
             weights += parameter.numel() * parameter.element_size()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if recipe.train.gradient_checkpointing:
-        checkpoint_activations(model)
     mixed = dtype == torch.bfloat16 and trains_base_weights(model)
-    heap = _HEAP if device.type == "cpu" else 0.0
+    heap = _HEAP if on_cpu else 0.0
     dense = max((m.weight.numel() * torch.finfo(dtype).bits // 8 for m in linears.values()), default=0) if kind else 0
     held = Estimate(
         parameters, trainable, "loading", int(weights), optimizer=int(trainable * _STATE[recipe.train.optimizer]), program=program
     )
+    if on_cpu:
+        held = replace(held, program=program + _COMPUTING)
 
     def at(moment: str, activations: int, gradients: int = 0, copies: int = 0, slack: float = heap) -> Estimate:
         return replace(held, moment=moment, activations=activations, gradients=gradients, copies=copies, allocator=int(activations * slack))
 
-    model.train()
-    step, moved = _alive(model, task, data.train, _largest(plan), dtype, mixed, mode, 1 + heap)
-    kept = trainable * 4 if recipe.train.gradient_accumulation_steps > 1 else moved
+    reading = int(loaded * _GGUF) if gguf else files if on_cpu else 0
     largest = max((p.numel() * 4 for p in model.parameters() if p.requires_grad), default=0)
     moments = [
-        replace(held, weights=loaded, optimizer=0, copies=int(loaded * _GGUF) if gguf else 0),
-        at("training", step + dense, kept),
+        replace(held, weights=loaded, optimizer=0, copies=reading, program=program),
         # On a GPU all parameters are updated at once, which takes a copy of them; on the CPU one after the other.
-        at("update", largest if device.type == "cpu" else trainable * 4, trainable * 4, slack=0.0),
+        at("update", largest if on_cpu else trainable * 4, trainable * 4, slack=0.0),
     ]
-    if data.eval is not None:
-        model.eval()
-        lengths = data.eval.lengths
-        rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])[: recipe.eval.batch_size]
-        with torch.no_grad():
-            moments.append(at("evaluation", _alive(model, task, data.eval, rows, dtype, mixed, mode, 1 + heap)[0] + dense))
-    if method.caps.whole_model and device.type == "cpu":
-        # The weights as they are written, and the model as it is read back to be compared. What the step freed is still in the heap.
-        moments.append(at("saving", max(step, trainable * 4), copies=2 * int(weights), slack=0.0))
-    return max(moments, key=lambda moment: moment.total)
+    # Without held-out rows some training rows are measured before and after the weights are read back.
+    split, most = (data.eval, recipe.eval.batch_size) if data.eval is not None else (data.train, min(CHECK_ROWS, recipe.eval.batch_size))
+    longest = sorted(range(len(split.lengths)), key=lambda row: -split.lengths[row])[:most]
+    model.eval()
+    with torch.no_grad():
+        looked = _Batch(model, task, split, longest, dtype, mixed, mode, 1 + heap).alive()
+    moments.append(at("evaluation", looked.peak[1] + dense))
+    model.train()
+    batch = _Batch(model, task, data.train, _largest(plan), dtype, mixed, mode, 1 + heap)
+
+    def training(alive: _Alive, chosen: MemoryPlan) -> Estimate:
+        kept = trainable * 4 if recipe.train.gradient_accumulation_steps > 1 else alive.peak[0]
+        return replace(at("training", alive.peak[1] + dense, kept), plan=chosen)
+
+    if recipe.train.memory_budget is not None:
+        budget = parse_size(recipe.train.memory_budget)
+        step = _fit(batch, training, budget, max(moments, key=lambda moment: moment.total), offload=not on_cpu)
+    else:
+        chosen = MemoryPlan(("recomputed",) * len(layers(model))) if recipe.train.gradient_checkpointing else MemoryPlan()
+        step = training(batch.alive(chosen), chosen)
+    moments.append(step)
+    if method.caps.whole_model and on_cpu:
+        # The weights as they are written, and the model as it is read back to be compared.
+        moments.append(at("saving", trainable * 4, copies=2 * int(weights), slack=0.0))
+    return replace(max(moments, key=lambda moment: moment.total), plan=step.plan)
+
+
+def _fit(batch: _Batch, training: Callable[[_Alive, MemoryPlan], Estimate], budget: int, other: Estimate, *, offload: bool) -> Estimate:
+    """The need of training with as little recomputation as fits into ``budget`` bytes.
+
+    Args:
+        other: the most demanding moment but training.
+
+    Raises:
+        OutOfMemoryError: nothing fits.
+    """
+    count = len(layers(batch.model))
+    everything = MemoryPlan(("saved",) * count)
+    alive = batch.alive(everything)
+    found = training(alive, everything)
+    if found.total <= budget and other.total <= budget:
+        return found
+    costs, between, below = _costs(alive, batch.alive(MemoryPlan(("recomputed",) * count)))
+    # Beside the pass itself, and the layers' part of it.
+    room = budget - (found.total - alive.highest_weight) - below
+    least = MemoryPlan(smallest(costs, between, offload=offload))
+    for _ in range(_ATTEMPTS if other.total <= budget else 0):
+        choices = choose(costs, between, room, offload=offload)
+        if choices is None:
+            break
+        found = training(batch.alive(MemoryPlan(choices)), MemoryPlan(choices))
+        if found.total <= budget:
+            return found
+        # What a layer takes depends a little on the others: try again with what was too much left out.
+        room = min(room, peak(costs, choices, between)) - (found.total - budget)
+    need = max(training(batch.alive(least), least), other, key=lambda moment: moment.total)
+    enough = math.ceil(need.total / 1e8) / 10
+    whatever = f"with the least that layers can keep ({least})" if need.moment == "training" else f"whatever is recomputed, in {need.moment}"
+    raise OutOfMemoryError(
+        f"train.memory_budget: {size(budget)} is too little: {whatever} the run needs {size(need.total)}",
+        hint=f"set train.memory_budget to {enough:g}GB, lower train.batch_size (and raise train.gradient_accumulation_steps) or "
+        "dataset.max_length, set base_model.quantization=nf4, or take a smaller model.",
+    )
+
+
+def _costs(saved: _Alive, again: _Alive) -> tuple[list[LayerCost], float, float]:
+    """What each layer takes, what is needed between the last one and its backward pass, and what there was before the first one.
+
+    Args:
+        saved, again: the same pass with every layer saved and with every layer recomputed.
+    """
+    costs: list[LayerCost] = []
+    heights = {id(alive): alive.started.get(0, 0.0) for alive in (saved, again)}
+
+    def above(alive: _Alive, segment: tuple[str, int]) -> float:
+        return max(0.0, alive.highest[segment] - heights[id(alive)])
+
+    for index in range(len(saved.left)):
+        forward = max(0.0, saved.highest["forward", index] - saved.started[index])
+        for alive in (saved, again):
+            heights[id(alive)] += alive.left[index]
+        backward = above(saved, ("backward", index)), above(again, ("backward", index))
+        costs.append(LayerCost(saved.left[index], again.left[index], forward, *backward, saved.work[index]))
+    return costs, max(above(alive, ("between", 0)) for alive in (saved, again)), saved.started.get(0, 0.0)
 
 
 def _largest(plan: Plan) -> Sequence[int]:
@@ -177,6 +273,8 @@ class _Alive(TorchDispatchMode):
 
     Attributes:
         peak: (bytes of gradients, bytes of everything else) at the moment with the most.
+        highest: the most that counted in each part of the pass: (``forward`` or ``backward``, layer), or (``between``, 0).
+        started, left, work: by layer: what counted before it, what it left behind, and its floating-point operations.
     """
 
     def __init__(self, known: set[int], factor: float) -> None:
@@ -184,13 +282,30 @@ class _Alive(TorchDispatchMode):
         self.seen, self.factor = known, factor
         self.now = self.gradients = 0
         self.peak = (0, 0)
+        self.part = ("before", 0)
+        self.highest: defaultdict[tuple[str, int], float] = defaultdict(float)
+        self.started: dict[int, float] = {}
+        self.left: defaultdict[int, float] = defaultdict(float)
+        self.work: defaultdict[int, float] = defaultdict(float)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage())
+        if self.part[0] == "forward" and func._overloadpacket in flop_registry:
+            self.work[self.part[1]] += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
         return out
+
+    @property
+    def weight(self) -> float:
+        """What counts now."""
+        return self._weigh((self.gradients, self.now))
+
+    @property
+    def highest_weight(self) -> float:
+        """What counted at the peak."""
+        return self._weigh(self.peak)
 
     def _count(self, storage: Any) -> None:
         key, size = storage._cdata, storage.nbytes()
@@ -199,7 +314,11 @@ class _Alive(TorchDispatchMode):
         self.seen.add(key)
         self.now += size
         weakref.finalize(storage, self._free, key, size)
-        if self._weigh((self.gradients, self.now)) > self._weigh(self.peak):
+        self._rise()
+
+    def _rise(self) -> None:
+        self.highest[self.part] = max(self.highest[self.part], self.weight)
+        if self.weight > self.highest_weight:
             self.peak = (self.gradients, self.now)
 
     def _weigh(self, moment: tuple[int, int]) -> float:
@@ -209,17 +328,74 @@ class _Alive(TorchDispatchMode):
         self.now -= size
         self.seen.discard(key)
 
+    def enter(self, part: str, layer: int) -> None:
+        """From now on it is this part of the pass."""
+        self.part = (part, layer)
+        self._rise()
+
     def is_gradient(self, parameter: Tensor) -> None:
         """From now on count the parameter's gradient, which has just become whole, as one."""
         assert parameter.grad is not None
         size = parameter.grad.untyped_storage().nbytes()
         self.now, self.gradients = self.now - size, self.gradients + size
 
+    def follow(self, layer: nn.Module, index: int) -> list[Any]:
+        """Notice when a layer runs; returns what takes the hooks off."""
+
+        def before(*_: Any) -> None:
+            self.started.setdefault(index, self.weight)
+            self._at = self.weight
+            self.enter("forward", index)
+
+        def after(_module: Any, _inputs: Any, output: Any) -> None:
+            self.left[index] += self.weight - self._at
+            self.enter("between", 0)
+            tensor = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad), None)
+            if tensor is not None:
+                tensor.register_hook(lambda _: self.enter("backward", index))
+
+        return [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A pass over some rows, backward where gradients are on. ``factor``: see :class:`_Alive`."""
+
+    model: Any
+    task: Task[Any]
+    split: Split
+    rows: Sequence[int]
+    dtype: torch.dtype
+    mixed: bool
+    mode: FakeTensorMode
+    factor: float
+
+    def alive(self, plan: MemoryPlan | None = None) -> _Alive:
+        """What is alive in the pass, with layers recomputed as ``plan`` says."""
+        # Rows of text lie end to end wherever the model allows it; only a model with weights can tell.
+        layout = Layout(self.task.auto_model == CAUSAL_LM, 0)
+        batch = _fake(self.task.batch(self.split, self.rows, layout), self.mode)
+        alive = _Alive({p.untyped_storage()._cdata for p in self.model.parameters()}, self.factor)
+        if plan is not None:
+            # Offloaded inputs are counted as if they stayed, and left out afterwards.
+            here: tuple[Any, ...] = tuple("saved" if choice == "saved" else "recomputed" for choice in plan.choices)
+            apply(self.model, MemoryPlan(here), enable=checkpoint_activations)
+        with _hooks(self.model, alive), self.mode, alive:
+            with torch.autocast("cpu", dtype=self.dtype, enabled=self.mixed):
+                loss = self.task.module(self.model)(batch).total
+            if torch.is_grad_enabled():
+                loss.backward()
+        away = [alive.left[index] for index, choice in enumerate(plan.choices) if choice == "offloaded"] if plan is not None else []
+        gradients, rest = alive.peak
+        alive.peak = (gradients, rest - int(sum(away[1:]) / self.factor))
+        return alive
+
 
 @contextlib.contextmanager
 def _hooks(model: nn.Module, alive: _Alive) -> Iterator[None]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     handles = [parameter.register_post_accumulate_grad_hook(alive.is_gradient) for parameter in trained]
+    handles += [handle for index, layer in enumerate(layers(model).values()) for handle in alive.follow(layer, index)]
     try:
         yield
     finally:
@@ -227,28 +403,6 @@ def _hooks(model: nn.Module, alive: _Alive) -> Iterator[None]:
             handle.remove()
         for parameter in trained:
             parameter.grad = None
-
-
-def _alive(
-    model: Any,
-    task: Task[Any],
-    split: Split,
-    rows: Sequence[int],
-    dtype: torch.dtype,
-    mixed: bool,
-    mode: FakeTensorMode,
-    factor: float,
-) -> tuple[int, int]:
-    """(bytes alive, gradients among them not counted; gradients) at the peak of a pass over ``rows``, backward where gradients are on."""
-    # Rows of text lie end to end wherever the model allows it; only a model with weights can tell.
-    batch = _fake(task.batch(split, rows, Layout(task.auto_model == CAUSAL_LM, 0)), mode)
-    alive = _Alive({p.untyped_storage()._cdata for p in model.parameters()}, factor)
-    with _hooks(model, alive), mode, alive:
-        with torch.autocast("cpu", dtype=dtype, enabled=mixed):
-            loss = task.module(model)(batch).total
-        if torch.is_grad_enabled():
-            loss.backward()
-    return alive.peak[1], alive.peak[0]
 
 
 def _fake(value: Any, mode: FakeTensorMode) -> Any:

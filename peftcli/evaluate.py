@@ -6,6 +6,7 @@ Sums are taken in float64 over single rows, so the numbers do not depend on the 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -47,8 +48,12 @@ class Scores:
     paired: dict[str, str] = field(default_factory=dict)
 
     def plain(self) -> dict[str, float]:
-        """The numbers that a training run logs."""
+        """The numbers."""
         return {"loss": self.loss, **self.metrics}
+
+    def logged(self) -> dict[str, Any]:
+        """What a training run logs: the numbers, and as ``intervals`` those that are finite."""
+        return {**self.plain(), "intervals": {name: ends for name, ends in self.intervals.items() if all(map(math.isfinite, ends))}}
 
     def since(self, before: Scores) -> dict[str, Difference]:
         """Each figure minus that of ``before``, another model on the same rows, with the paired test."""
@@ -114,7 +119,7 @@ class Evaluator:
             raise DataError("the held-out rows hold no token that could be predicted from another")
         found = self.task.scores(measured, self.split)
         if generate:
-            found |= answer_scores(metrics, answers, [example.reference for example in self.split.generation[: len(answers)]])
+            found |= answer_scores(metrics, answers, [example.references for example in self.split.generation[: len(answers)]])
         loss = mean_of_units(measured["loss"], measured["units"])
         known = {**found, "loss": loss}
         return Scores(

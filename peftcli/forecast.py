@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from peftcli.data.batching import Plan
 from peftcli.data.prepare import Prepared, prepare
 from peftcli.estimate import Estimate, estimate, fake_model
+from peftcli.kernels import fast
 from peftcli.methods import registry
 from peftcli.methods.base import Method
 from peftcli.model.load import Opened, open_base
@@ -19,6 +21,7 @@ from peftcli.plan import make_plan
 from peftcli.recipe.load import LoadedRecipe
 from peftcli.recipe.schema import Recipe
 from peftcli.result import default_device
+from peftcli.report.gates import refuse_unmeasured
 from peftcli.tasks import registry as tasks
 from peftcli.tasks.base import Task
 
@@ -48,7 +51,18 @@ class Forecast:
         return self.opened.device
 
     def need(self, recipe: Recipe) -> Estimate:
-        """The memory of a run of ``recipe``, whose ``base_model`` and ``dataset`` must be those of the forecast."""
+        """The memory of a run of ``recipe``, whose ``base_model`` and ``dataset`` must be those of the forecast.
+
+        Raises:
+            OutOfMemoryError: nothing fits into its ``train.memory_budget``.
+        """
+        fast.switch(on=recipe.train.fast_paths)
+        try:
+            return self._need(recipe)
+        finally:
+            fast.switch(on=recipe.train.fast_paths)  # forgets what was taken
+
+    def _need(self, recipe: Recipe) -> Estimate:
         method, mode = _method(recipe), FakeTensorMode(allow_non_fake_inputs=True)
         # A method whose result is a whole model trains float32 weights, whatever the computation's dtype.
         storage = torch.float32 if method.caps.whole_model else self.dtype
@@ -64,6 +78,7 @@ class Forecast:
             mode,
             device=self.device,
             program=self.program,
+            files=_bytes(self.opened),
             gguf=self.opened.source.gguf_file is not None,
         )
 
@@ -86,8 +101,14 @@ def forecast(loaded: LoadedRecipe, *, trust_remote_code: bool = False) -> Foreca
     limit = _method(recipe).row_limit(opened.max_positions)
     data = prepare(rows, base_dir=loaded.base_dir, seed=recipe.train.seed, max_positions=limit)
     task.settle(rows)
+    refuse_unmeasured(recipe.expect, task.figures)
     program = psutil.Process().memory_info().rss if device.type == "cpu" else 0
     return Forecast(opened, task, data, program)
+
+
+def _bytes(opened: Opened) -> int:
+    """Of the files that hold the weights, as far as they are here."""
+    return sum(file.stat().st_size for file in Path(opened.source.location).glob("*.safetensors"))
 
 
 def _method(recipe: Recipe) -> Method[Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import sys
 import tempfile
+import uuid
 
 
 def inside() -> bool:
@@ -25,8 +28,13 @@ def spawn(processes: int) -> int:
 
     # Processes that share the cores with as many threads as if alone only get in each other's way.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    # Accelerate passes torch the older name of an option.
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), "ignore:`broadcast_buffers`:FutureWarning"]))
+    # The processes say themselves what ails them; the launcher would add a page of its own.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as logs:
         config = LaunchConfig(
+            run_id=uuid.uuid4().hex,
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=processes,
@@ -43,7 +51,10 @@ def spawn(processes: int) -> int:
             codes = [failure.exitcode for _, failure in sorted(error.failures.items())]
             # A killed process has a negative code: shells write 128 + the signal.
             code = next((c for c in codes if c > 0), codes[0] if codes else 1)
-            return code if code > 0 else 128 - code
+            if code > 0:
+                return code
+            sys.stderr.write(f"error: one of the {processes} processes was killed by {signal.Signals(-code).name}\n")
+            return 128 - code
         except SignalException as error:
             # The launcher passed the signal on and waited: the processes have written their checkpoint.
             return 128 + int(error.sigval)

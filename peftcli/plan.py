@@ -18,6 +18,7 @@ _FREE = (
     "train.logging_steps",
     "train.save_steps",
     "train.save_total_limit",
+    "train.memory_budget",
     "train.report_to",
     "dataset.num_proc",
     "output_dir",

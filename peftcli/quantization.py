@@ -6,6 +6,7 @@ merging asks for the dense weight, through :func:`dense_weight`.
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,37 @@ def _bitsandbytes() -> Any:
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether ``module`` is a linear layer that stores its weight in 4 or 8 bits."""
-    return type(module).__module__.startswith("bitsandbytes.")
+    return any(kind.__module__.startswith("bitsandbytes.") for kind in type(module).__mro__)
+
+
+@functools.cache
+def _linear4bit() -> Any:
+    """bitsandbytes' 4-bit layer, whose frozen weight is expanded once forward and once backward, by a kernel of ours where there is one."""
+    import torch
+
+    from peftcli.kernels import fast
+    from peftcli.kernels.four_bit import FourBit
+    from peftcli.kernels.frozen import Product, frozen_linear
+
+    bnb = _bitsandbytes()
+
+    class Linear4bit(bnb.nn.Linear4bit):  # type: ignore[misc, name-defined]
+        def frozen_product(self, x: torch.Tensor) -> Product | None:
+            """How it multiplies ``x``; ``None`` where that is left to bitsandbytes."""
+            state = self.weight.quant_state
+            repacked = state is None or getattr(state, "packing_format_for_cpu", False)
+            if repacked or not x.dtype == state.dtype == self.compute_dtype == torch.bfloat16 or not torch.is_grad_enabled():
+                return None
+            return FourBit(self.weight.data, state, bnb.functional.dequantize_4bit)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            product = self.frozen_product(x) if x.device.type == "cuda" and fast.on() else None
+            if product is None or (self.bias is not None and self.bias.requires_grad):
+                result: torch.Tensor = super().forward(x)
+                return result
+            return frozen_linear(x, product, self.bias)
+
+    return Linear4bit
 
 
 def quantize_linear(module: nn.Linear, kind: str, *, double: bool, compute_dtype: torch.dtype) -> nn.Module:
@@ -63,7 +94,7 @@ def quantize_linear(module: nn.Linear, kind: str, *, double: bool, compute_dtype
         quantized = bnb.nn.Linear8bitLt(module.in_features, module.out_features, bias=bias, has_fp16_weights=False, device="meta")
         quantized.weight = bnb.nn.Int8Params(module.weight.data.contiguous().cpu(), requires_grad=False, has_fp16_weights=False)
     else:
-        quantized = bnb.nn.Linear4bit(
+        quantized = _linear4bit()(
             module.in_features,
             module.out_features,
             bias=bias,

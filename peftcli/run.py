@@ -14,12 +14,13 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
-from peftcli import environment, output
+from peftcli import environment, output, planner
 from peftcli import lock as locks
 from peftcli.account import make_report
 from peftcli.data.prepare import Prepared, prepare
 from peftcli.data.splits import Split
 from peftcli.errors import CheckFailed, CheckpointError, DataError, OutOfMemoryError, PeftcliError
+from peftcli.estimate import CHECK_ROWS, Estimate
 from peftcli.evaluate import Evaluator, Scores
 from peftcli.forecast import Forecast
 from peftcli.interchange import hf_peft
@@ -28,14 +29,16 @@ from peftcli.lock import Lock
 from peftcli.methods import registry
 from peftcli.methods.base import Context, Method, TrainingBatch
 from peftcli.methods.kinds import new_modules, trains_base_weights
+from peftcli.model.eight_bit import multiply_in_8_bits, refuse
 from peftcli.model.load import Base, checkpoint_activations, load_base, open_base
 from peftcli.plan import count_steps, flatten, identity, make_plan, resolved
 from peftcli.recipe.load import LoadedRecipe
-from peftcli.recipe.redact import redact
 from peftcli.recipe.render import dump_recipe
 from peftcli.recipe.schema import Recipe
+from peftcli.redact import redact
 from peftcli.report import schema as rs
 from peftcli.report.files import write_text_atomically
+from peftcli.report.gates import refuse_unmeasured
 from peftcli.report.metrics import MetricsWriter, read_metrics
 from peftcli.report.progress import Progress as Display
 from peftcli.report.text import size
@@ -44,13 +47,10 @@ from peftcli.tasks import registry as tasks
 from peftcli.tasks.base import Layout, Task
 from peftcli.train import checkpoint as checkpoints
 from peftcli.train.loop import Loop, load_trainable
-from peftcli.train.memory import is_out_of_memory, reset_peak
+from peftcli.train.memory import Peak, give_back, is_out_of_memory, keep_caches_small, reset_peak
 from peftcli.train.optimizers import at_own_rate, build_optimizer
 from peftcli.train.preview import training_batches
 from peftcli.train.signals import Interrupted, StopRequest
-
-# Rows on which the model in memory and the model read back from disk are compared.
-_CHECK_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ def train(loaded: LoadedRecipe, display: Display, options: Options | None = None
     state = PartialState(cpu=not torch.cuda.is_available())
     environment.make_repeatable(settings.seed, deterministic=settings.deterministic, process=state.process_index)
     fast.switch(on=settings.fast_paths)
+    keep_caches_small()
     reset_peak(state.device)
     folder = Path(loaded.recipe.output_dir)
     if not state.is_main_process:
@@ -107,6 +108,15 @@ class _Run:
         )
         self.method: Method[Any] = registry.get(self.recipe.method.name)(self.recipe.method)
         self.task: Task[Any] = tasks.make(self.recipe.task)
+        self.peak = Peak(state.device, "loading")
+        self.need: Estimate | None = None
+
+    def _phase(self, phase: str, note: str | None = None) -> None:
+        """A new phase begins, with what is free given back."""
+        self.peak.enter(phase)
+        give_back()
+        if note is not None:
+            self.display.note(note)
 
     def story(self) -> rs.Report:
         """Load, train, save, check, evaluate, report."""
@@ -116,10 +126,13 @@ class _Run:
             base_dir=self.loaded.base_dir,
             trust_remote_code=self.options.trust_remote_code,
         )
+        if self.recipe.train.frozen_products is not None:
+            refuse(self.recipe.train.frozen_products, self.opened.dtype, self.state.device)
         self.display.note("reading the data")
         self.data = self._read()
         self._lock()
-        self.display.note("loading the base model")
+        self._plan_memory()
+        self._phase("loading", "loading the base model")
         self.base = self._load()
         packed = self.task.packs(self.base.model, self.base.model.config.get_text_config().vocab_size, self._longest())
         self.layout = Layout(packed, self.base.tokenizer.pad_token_id, self.state.device)
@@ -128,6 +141,7 @@ class _Run:
         resumed = _find_checkpoint(self.folder, self.display) if self.options.resume else None
         before = None if resumed else self._measure_base()
         self._apply(resumed)
+        self._phase("training")
         with StopRequest() as stop:
             loop = self._loop(stop, before, resumed)
             try:
@@ -145,15 +159,22 @@ class _Run:
                 loop.close()
                 raise
         self._take_best(loop)
-        self.display.note("saving and checking")
+        self._phase("saving and checking", "saving and checking")
         saved, check = self._save(loop)
         after = None
         if self.evaluator is not None:
-            self.display.note("evaluating the tuned model")
+            self._phase("evaluation", "evaluating the tuned model")
             after = self._scores(self.evaluator)
-            loop.record(after.plain())
+            loop.record(after.logged())
         loop.close()
         return self._report(loop, saved, check, after)
+
+    def _plan_memory(self) -> None:
+        """What to recompute, where the recipe limits the memory; refused before the model is loaded where nothing fits."""
+        if self.recipe.train.memory_budget is not None:
+            program = psutil.Process().memory_info().rss if self.state.device.type == "cpu" else 0
+            self.need = Forecast(self.opened, self.task, self.data, program).need(self.recipe)
+            self.display.note(f"memory: {self.need.plan}; the peak should be {size(self.need.total)}, during {self.need.moment}")
 
     def _load(self) -> Base:
         base = load_base(
@@ -174,6 +195,7 @@ class _Run:
         limit = self.method.row_limit(opened.max_positions)
         data = prepare(rows, base_dir=self.loaded.base_dir, seed=recipe.train.seed, max_positions=limit)
         self.recipe = recipe.model_copy(update={"task": self.task.settle(rows)})
+        refuse_unmeasured(recipe.expect, self.task.figures)
         self.display.audit(data.audit.to_dict())
         for note in data.audit.notes:
             self.display.warn(note)
@@ -198,7 +220,7 @@ class _Run:
 
     def _with_base(self) -> Prepared:
         """The rows with what the base alone makes of them."""
-        self.display.note("measuring the reference: the base model on all rows")
+        self._phase("evaluation", "measuring the reference: the base model on all rows")
         mixed = self._computes_mixed(self.base.model)
         train, held_out = (
             None if split is None else self._evaluator(split, mixed=mixed).with_base(self.base.model)
@@ -210,7 +232,7 @@ class _Run:
     def _measure_base(self) -> Scores | None:
         if self.data.eval is None or not self.recipe.eval.before:
             return None
-        self.display.note("evaluating the base model")
+        self._phase("evaluation", "evaluating the base model")
         self.bare = self.task.module(self.base.model)
         return self._scores(self._evaluator(self.data.eval, mixed=self._computes_mixed(self.base.model)))
 
@@ -238,9 +260,13 @@ class _Run:
         if self.options.init_adapter is not None:
             start = hf_peft.read_adapter(_adapter_folder(self.options.init_adapter))
             hf_peft.load_tensors(self.model, method, start.tensors, start.folder / hf_peft.WEIGHTS)
+        if recipe.train.frozen_products is not None:
+            multiply_in_8_bits(self.model, recipe.train.frozen_products)
         self.marks = output.fingerprints(self.model)
         self.clear()
-        if recipe.train.gradient_checkpointing:
+        if self.need is not None:
+            planner.apply(self.model, self.need.plan, enable=checkpoint_activations)
+        elif recipe.train.gradient_checkpointing:
             checkpoint_activations(self.model)
         mixed = self._computes_mixed(self.model)
         self.accelerator = _accelerator(recipe, self.folder, mixed)
@@ -297,8 +323,8 @@ class _Run:
             plan=plan,
             settings=recipe.train,
             total_steps=total_steps,
-            layout=self.layout,
-            evaluate=lambda: self.evaluator.scores(self.bare).plain() if self.evaluator is not None else None,
+            layout=replace(self.layout, share=self._shares()),
+            evaluate=lambda: self._scores(self.evaluator).logged() if self.evaluator is not None else None,
             metrics=writer,
             display=self.display,
             folder=self.folder / "checkpoints",
@@ -306,6 +332,11 @@ class _Run:
             stop=stop,
             before=asdict(before) if before is not None else None,
         )
+
+    def _shares(self) -> bool:
+        """Whether a beginning that a batch's rows share is computed once. On a GPU the kernel for variable lengths cannot."""
+        on_cpu = self.layout.packed and self.state.device.type == "cpu" and self.recipe.train.fast_paths
+        return on_cpu and self.task.shares(self.model, self.base.model.config.get_text_config().vocab_size)
 
     def _write_lock(self, resumed: bool) -> None:
         """A resumed run keeps the lock that it began with; bytes are only promised where both parts ran in the same environment."""
@@ -344,7 +375,7 @@ class _Run:
                 self.method,
                 self.marks,
                 steps=loop.progress.step,
-                loss=lambda: measure.scores(self.bare, rows=_CHECK_ROWS, alone=True).loss,
+                loss=lambda: measure.scores(self.bare, rows=CHECK_ROWS, alone=True).loss,
             )
         self.state.wait_for_everyone()
         return saved, check
@@ -358,7 +389,7 @@ class _Run:
                 *sorted(p for p in saved.iterdir() if p.is_file()),
             ]
             files = hash_files(self.folder, [path.relative_to(self.folder) for path in written])
-        report = make_report(self.recipe, self.base, self.data, loop, status=status, after=after, check=check, files=files)
+        report = make_report(self.recipe, self.base, self.data, loop, status=status, peak=self.peak, need=self.need, after=after, check=check, files=files)
         self._write(report)
         if check is not None and not check.passed:
             raise CheckFailed(
@@ -388,7 +419,16 @@ class _Run:
         loop.close()
         interrupted = isinstance(error, Interrupted)
         self._write(
-            make_report(self.recipe, self.base, self.data, loop, status="interrupted" if interrupted else "failed", error=str(error))
+            make_report(
+                self.recipe,
+                self.base,
+                self.data,
+                loop,
+                status="interrupted" if interrupted else "failed",
+                peak=self.peak,
+                need=self.need,
+                error=str(error),
+            )
         )
 
     def _write(self, report: rs.Report) -> None:

@@ -2,13 +2,16 @@
 
     python scripts/measure_stream.py TOKENIZER_FOLDER [--rows 1000000] [--processes 2]
 
-Rows are made up (a seeded mixture of words and numbers, about 250 bytes each). Each measurement runs in a process of its
-own, so peaks are not mixed. Writes scripts/results/stream.json; rows, cache and tokens lie in a temporary folder.
+A hundredth, a tenth and all of the rows are streamed by one process; the tenth by several processes too, which have to write
+the same bytes; and what memory alone takes is measured for the smaller two. Rows are made up (a seeded mixture of words and numbers,
+about 240 bytes each). Each measurement runs in a process of its own, so peaks are not mixed. Writes scripts/results/stream.json;
+rows, cache and tokens lie in a temporary folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -44,6 +47,7 @@ def measure(path: Path, tokenizer_folder: str, processes: int, streaming: bool) 
 
     from peftcli.data.batching import Plan
     from peftcli.data.prepare import prepare
+    from peftcli.data.store import cache_folder
     from peftcli.data.text_rows import TextRows
     from peftcli.recipe.schema import DatasetSection, SourceSection
 
@@ -61,18 +65,24 @@ def measure(path: Path, tokenizer_folder: str, processes: int, streaming: bool) 
     planned = time.perf_counter() - started
     started = time.perf_counter()
     digest = plan.digest(1)
+    peak = _peak(resource.RUSAGE_SELF)
+    stored = hashlib.sha256()
+    for file in sorted(cache_folder().glob("*/*.bin")) if streaming else ():
+        stored.update(file.read_bytes())
     return {
         "rows": counts.rows,
         "tokens": counts.tokens,
         "from_cache": any("taken from the cache" in note for note in data.audit.notes),
         "seconds": round(prepared, 1),
-        "peak_bytes": _peak(resource.RUSAGE_SELF),
+        "peak_bytes": peak,
         "resident_before_bytes": before,
+        "bytes_on_top": peak - before,
         "largest_worker_bytes": _peak(resource.RUSAGE_CHILDREN),
         "steps_of_an_epoch": steps,
         "seconds_to_plan": round(planned, 3),
         "seconds_to_hash_the_order": round(time.perf_counter() - started, 2),
         "order_sha256": digest,
+        "store_sha256": stored.hexdigest() if streaming else None,
     }
 
 
@@ -96,35 +106,28 @@ def main() -> None:
         path, streaming = arguments.one
         print(json.dumps(measure(Path(path), arguments.tokenizer, arguments.processes, streaming == "yes")))
         return
-    found: dict[str, Any] = {
-        "tokenizer": Path(arguments.tokenizer).name,
-        "processes": arguments.processes,
-        "cores": os.cpu_count(),
-        "runs": [],
-    }
+    found: dict[str, Any] = {"tokenizer": Path(arguments.tokenizer).name, "cores": os.cpu_count(), "runs": []}
+    small, middle, large = (arguments.rows // part for part in (100, 10, 1))
+    stream, again, memory = "stream", "stream, second run", "in memory"
+    plan = [(stream, rows, 1) for rows in (small, middle, large)] + [(again, large, 1), (stream, middle, arguments.processes)]
     with tempfile.TemporaryDirectory() as folder:
-        small, large = (Path(folder) / f"{rows}.jsonl" for rows in (arguments.rows // 10, arguments.rows))
-        write_rows(small, arguments.rows // 10)
-        write_rows(large, arguments.rows)
-        again = "stream, second run"
-        for name, path in (("stream", small), (again, small), ("stream", large), (again, large), ("in memory", small)):
-            streaming = "no" if name == "in memory" else "yes"
-            command = [
-                sys.executable,
-                __file__,
-                arguments.tokenizer,
-                "--processes",
-                str(arguments.processes),
-                "--one",
-                str(path),
-                streaming,
-            ]
-            environment = {**os.environ, "XDG_CACHE_HOME": str(Path(folder) / "cache")}
+        for name, rows, processes in (*plan, (memory, small, 1), (memory, middle, 1)):
+            path = Path(folder) / f"{rows}.jsonl"
+            if not path.exists():
+                write_rows(path, rows)
+            streaming = "no" if name == memory else "yes"
+            command = [sys.executable, __file__, arguments.tokenizer, "--processes", str(processes), "--one", str(path), streaming]
+            environment = {**os.environ, "XDG_CACHE_HOME": f"{path}.cache{processes}"}
             done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)  # noqa: S603
-            run = {"run": name, "file_bytes": path.stat().st_size, **json.loads(done.stdout.splitlines()[-1])}
+            facts = json.loads(done.stdout.splitlines()[-1])
+            run = {"run": name, "processes": processes, "file_bytes": path.stat().st_size, **facts}
             found["runs"].append(run)
             print(json.dumps(run), flush=True)
-            RESULT.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    by_processes = {
+        run["store_sha256"] for run in found["runs"] if run["run"] == stream and run["file_bytes"] == found["runs"][1]["file_bytes"]
+    }
+    found["same_bytes_whatever_the_processes"] = len(by_processes) == 1
+    RESULT.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import compare_classifiers
+import measure_tasks
 from compare_methods import RESULTS, table
 from pydantic import BaseModel
 
@@ -161,6 +162,11 @@ def classifiers() -> str:
     return compare_classifiers.table(json.loads(compare_classifiers.RESULTS.read_text(encoding="utf-8")))
 
 
+def tasks() -> str:
+    """Every task on real data, as recorded."""
+    return measure_tasks.table()
+
+
 def compared() -> str:
     """All methods at an equal budget, as recorded."""
     return table(json.loads(RESULTS.read_text(encoding="utf-8")))
@@ -172,6 +178,7 @@ PARTS = {
     "methods": methods,
     "compared": compared,
     "classifiers": classifiers,
+    "tasks": tasks,
     "reference": reference_markdown,
     "templates": templates,
     "report": report,

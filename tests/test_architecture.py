@@ -19,18 +19,19 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Lowest first. A part imports only from rows above its own: parts in one row are siblings, which know nothing of each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "launch"),
-    ("quantization", "kernels", "report"),
+    ("errors", "launch", "redact"),
+    ("kernels", "report"),
+    ("quantization",),
     ("methods", "environment"),
     ("recipe", "interchange"),
     ("data",),
     ("tasks", "plan"),
-    ("model", "generate"),
+    ("model", "generate", "planner"),
     ("train", "evaluate", "merge", "estimate", "result", "output"),
     ("account", "adapters", "probe", "forecast", "lock"),
     ("run", "combine", "advise"),
     ("verify",),
-    ("commands", "cli_options"),
+    ("commands", "cli_options", "ending"),
     ("cli_repeat",),
     ("cli",),
     ("__main__",),

@@ -16,14 +16,10 @@ import transformers
 from accelerate import PartialState
 from typer.testing import CliRunner
 
-from peftcli import probe
 from peftcli.cli import app
 from peftcli.data.prepare import prepare
 from peftcli.errors import UsageError
 from peftcli.evaluate import Evaluator, Scores
-from peftcli.generate import generate
-from peftcli.methods import registry
-from peftcli.methods.base import Context
 from peftcli.recipe.load import parse_recipe
 from peftcli.recipe.schema import DatasetSection
 from peftcli.recipe.tasks import TASKS
@@ -99,35 +95,12 @@ def test_the_batch_size_has_no_influence(name: str, tmp_path: Path) -> None:
     # The paired test of a model with itself finds nothing.
     assert alone.paired and all(test.p_value == 1.0 and test.value == 0.0 for test in alone.since(alone).values())
     assert {"loss", *alone.metrics} <= set(FIGURES), "a figure has no words"
+    assert set(alone.metrics) == set(task.figures), "gates are refused and judged by what the task says that it measures"
+    assert set(alone.intervals) == {"loss", *alone.metrics}
     for size in (4, 16):
         close(scores(size), alone)
     if task.packs(model, helpers.VOCABULARY, max(split.lengths)):
         close(scores(16, packed=True), alone)
-
-
-GENERATING = [name for name in registry.names() if probe.stored()[name].families["llama"] is None]
-
-
-@pytest.mark.parametrize("name", GENERATING)
-def test_answers_do_not_depend_on_who_else_is_asked(name: str) -> None:
-    """Prompts of different lengths, padded on the left: each answer in a batch is the one that it gets alone, virtual tokens or not."""
-    options = {"last_layers": 1} if name == "freeze" else {}
-    quantized = name == "qlora"
-    method = helpers.make_method(name, **options)
-    model = method.apply(
-        helpers.tiny_model("llama", quantization="nf4" if quantized else None), Context(seed=11, frozen_quantized=quantized)
-    )
-    helpers.stir(model, scale=0.2)
-    model.eval()
-    if not quantized:
-        model.double()
-    tokenizer = helpers.tiny_tokenizer()
-    generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(4, 260, (length,), generator=generator).tolist() for length in (1, 9, 4, 17, 2, 9, 30)]
-    alone = [generate(model, tokenizer, [prompt], 6, 1, [1])[0] for prompt in prompts]
-    assert len(set(alone)) > 1
-    for size in (3, 7):
-        assert generate(model, tokenizer, prompts, 6, size, [1]) == alone
 
 
 def tiny_recipe(tiny_folders: dict[str, Path], tiny_data: Path, output: Path, method: str = "{name: lora, rank: 4, alpha: 8}") -> str:
@@ -228,3 +201,20 @@ def test_scores_of_hits_survive_json() -> None:
     one = Scores(1.0, {"exact_match": 0.5}, {}, 4, 4, 0.0, paired={"exact_match": share([True, False, True, False]).paired or ""})
     again = Scores(**json.loads(json.dumps(one.__dict__)))
     assert again.since(one)["exact_match"].p_value == 1.0
+
+
+def test_metrics_and_their_intervals_are_logged_during_training(tiny_folders: dict[str, Path], tiny_data: Path, tmp_path: Path) -> None:
+    """Those of written answers too; the last line is what the report says."""
+    text = tiny_recipe(tiny_folders, tiny_data, tmp_path / "run")
+    text += "eval: {generate: true, max_new_tokens: 4, metrics: [exact_match, rouge], before: false}\n"
+    report = helpers.run(text, "train.max_steps=4", "train.eval_steps=2")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if "eval_loss" in line]
+    names = {"loss", "perplexity", "token_accuracy", "exact_match", "rouge_1", "rouge_2", "rouge_l"}
+    assert [line["step"] for line in logged] == [2, 4]
+    for line in logged:
+        assert {f"eval_{name}" for name in names} <= set(line)
+        assert set(line["eval_intervals"]) == names
+    assert report.eval is not None
+    assert {name: logged[-1][f"eval_{name}"] for name in names} == pytest.approx({"loss": report.eval.loss, **report.eval.metrics})
+    assert logged[-1]["eval_intervals"] == {name: list(ends) for name, ends in report.eval.intervals.items()}

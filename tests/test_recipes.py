@@ -36,6 +36,7 @@ KINDS = {
     "sentence-transformers/all-MiniLM-L6-v2": "bert",
     "google-bert/bert-base-uncased": "bert",
     "google-bert/bert-base-cased": "bert",
+    "google-bert/bert-base-chinese": "bert",
 }
 WORDS = ["red", "green", "blue", "gold"]
 

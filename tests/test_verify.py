@@ -136,6 +136,33 @@ def test_the_first_step_at_which_the_traces_part_is_named(field: str, line: int,
     assert "the same number was due" in caught.value.message
 
 
+def test_a_run_in_two_processes_is_repeated_in_two(root: Path, tmp_path: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+
+    def command(*arguments: str) -> tuple[int, str, str]:
+        line = [sys.executable, "-m", "peftcli", *arguments]
+        done = subprocess.run(line, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+        return done.returncode, done.stdout, " ".join(done.stderr.split())
+
+    text = (root / "out" / "recipe.yaml").read_text()
+    (root / "two.yaml").write_text(text.replace("../", "").replace("generate: true", "generate: false"))
+    code, _, errors = command("train", str(root / "two.yaml"), f"output_dir={root / 'out'}", "--processes", "2", "--overwrite")
+    assert code == 0, errors
+    assert locks.read_lock(root / "out" / "recipe.lock").processes == 2
+    code, shown, errors = command("verify", str(root / "out"), "--json")
+    assert code == 0, errors
+    found = json.loads(shown)
+    assert (found["exact"], found["largest_difference"]) == (True, 0.0)
+    assert found["weights"] == ["adapter/adapter_model.safetensors"]
+    assert "Warning" not in errors, errors
+    changed = records(root)
+    changed[1]["loss"] = float(changed[1]["loss"]) + 1e-15  # type: ignore[arg-type]
+    rewrite(root, changed)
+    code, _, errors = command("verify", str(root / "out"), "--steps", "2")
+    assert code == 11, errors
+    assert errors.count("the traces part at step 2: loss was") == 1, "both processes find it, one says it"
+
+
 def test_weights_that_are_not_the_trace_s(root: Path) -> None:
     path = root / "out" / "report.json"
     report = json.loads(path.read_text())

@@ -35,6 +35,7 @@ def run(loaded: LoadedRecipe, *, json: bool, trust_remote_code: bool) -> None:
         "train": counts(data.train),
         "eval": counts(data.eval) if data.eval else None,
         "memory_bytes": {name: getattr(need, name) for name in _PARTS} | {"total": need.total, "moment": need.moment},
+        "memory_plan": str(need.plan),
         "label_audit": data.audit.to_dict(),
     }
     if json:
@@ -79,6 +80,8 @@ def show(facts: dict[str, Any], need: Estimate, data: Any, device: str, left_out
     console.print(
         f"estimated peak memory on the {device}: [bold]{size(need.total)}[/], during {need.moment} ({parts}); not counted: {left_out}"
     )
+    if need.plan.choices:
+        console.print(f"plan: {need.plan}")
     for note in data.audit.notes:
         console.print(f"note: {note}", style="yellow", markup=False)
     console.print("\none row as the model sees it; only the highlighted tokens are learned:", style="bold")

@@ -15,7 +15,7 @@ from peftcli.commands.show import print_json
 from peftcli.errors import UsageError
 from peftcli.plan import flatten
 from peftcli.recipe.load import load_recipe
-from peftcli.recipe.redact import redact
+from peftcli.redact import redact
 from peftcli.report import compare
 from peftcli.report.compare import Run
 from peftcli.report.files import write_text_atomically

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from peftcli.commands.show import print_json
 from peftcli.data.prepare import Prepared, Split, prepare
+from peftcli.data.splits import LabelledSplit
 from peftcli.errors import UsageError
 from peftcli.methods import registry
 from peftcli.model.load import Opened, open_base
@@ -67,11 +68,11 @@ def stats(loaded: LoadedRecipe, *, json: bool, trust_remote_code: bool) -> None:
         if split is not None:
             facts[name] = _lengths(split)
     plan = make_plan(loaded.recipe, data, 1)
-    lengths = np.asarray(plan.lengths)
-    micros = [micro for step in plan.epoch(0) for share in step.shares for micro in share if micro]
-    padded = sum(int(lengths[list(micro)].max()) * len(micro) for micro in micros)
+    micros = [list(micro) for step in plan.epoch(0) for share in step.shares for micro in share if micro]
+    widths = [np.asarray(part) for part in data.train.widths]
+    padded = sum(int(part[micro].max()) * len(micro) for micro in micros for part in widths)
     facts["steps"] = count_steps(loaded.recipe, plan)
-    facts["padding_waste"] = 1 - int(lengths.sum()) / padded
+    facts["padding_waste"] = 1 - sum(plan.lengths) / padded
     if json:
         print_json(facts)
         return
@@ -100,12 +101,14 @@ def _lengths(split: Split) -> dict[str, Any]:
     ]
     while histogram[0]["rows"] == 0:
         del histogram[0]
-    units = sum(split.units(row) for row in range(len(lengths)))
     counts = split.counts
+    # A row with a label as a whole has no tokens that carry loss.
+    supervised = None if isinstance(split, LabelledSplit) else counts.supervised_tokens
     return {
         "rows": counts.rows,
         "tokens": counts.tokens,
-        "supervised": units,
+        "supervised": supervised,
+        "supervised_share": None if supervised is None else supervised / counts.tokens,
         "truncated": counts.truncated,
         "dropped": counts.dropped,
         "shortest": int(lengths.min()),
@@ -123,9 +126,17 @@ def _print(console: Console, facts: dict[str, Any], data: Prepared) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for key in ("rows", "tokens", "supervised", "truncated", "dropped", "shortest", "mean", "longest"):
-        table.add_row(key, *(number(split[key]) for _, split in splits))
-    for share in _SHARES:
-        table.add_row(f"{share:.0%} of the rows have at most", *(f"{split['quantiles'][str(share)]:,} tokens" for _, split in splits))
+        if facts["train"][key] is not None:
+            share = "supervised_share" if key == "supervised" else None
+            table.add_row(key, *(f"{number(split[key])}{f' ({percent(split[share])})' if share else ''}" for _, split in splits))
+    for part in _SHARES:
+        table.add_row(f"{part:.0%} of the rows have at most", *(f"{split['quantiles'][str(part)]:,} tokens" for _, split in splits))
+    audit, held_out = data.audit, len(splits) > 1
+    table.add_section()
+    table.add_row("exact duplicates of an earlier row", number(audit.duplicates), *([""] if held_out else []))
+    if held_out:
+        table.add_row("in the training rows too", "", number(audit.leaked_rows))
+        table.add_row("asked there, otherwise answered", "", number(audit.leaked_inputs - audit.leaked_rows))
     console.print(table)
     most = max(bin_["rows"] for bin_ in facts["train"]["histogram"])
     console.print("tokens in a training row", style="bold")
@@ -134,8 +145,8 @@ def _print(console: Console, facts: dict[str, Any], data: Prepared) -> None:
         console.print(f"{bin_['over'] + 1:>7,} to {bin_['up_to']:>6,}  {bar} {bin_['rows']:,}", highlight=False)
     waste = percent(facts["padding_waste"])
     console.print(
-        f"\n{plural(facts['steps'], 'step')}; without packing {waste} of what the model computes would be padding"
-        " (group_by_length lowers it)"
+        f"\n{plural(facts['steps'], 'step')}. Where rows are padded, {waste} of what the model computes is padding (group_by_length lowers"
+        " it); packed rows have none."
     )
     for note in data.audit.notes:
         console.print(f"note: {note}", style="yellow", markup=False)

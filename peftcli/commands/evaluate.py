@@ -78,7 +78,7 @@ def run(
     split = split or _rows(result, path, data, limit)
     scores = _scores(result, split, settings, wanted)
     examples = [
-        {"prompt": e.prompt, "reference": e.reference, "answer": a, "correct": judged(settings.metrics, a, e.reference)}
+        {"prompt": e.prompt, "reference": e.reference, "answer": a, "correct": judged(settings.metrics, a, e.references)}
         for e, a in zip(split.generation, scores.answers, strict=False)
     ]
     gates = judge_eval(recipe.expect, eval_info(asdict(scores))) if recipe is not None else []

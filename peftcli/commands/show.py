@@ -6,7 +6,7 @@ import json
 import sys
 from typing import Any
 
-from peftcli.recipe.redact import redact
+from peftcli.redact import redact
 
 
 def print_json(value: Any) -> None:

@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from peftcli.errors import UsageError
+from peftcli.kernels import fast
 from peftcli.kernels.attention import Documents
+from peftcli.kernels.transfer import ahead
 
 IntArray = NDArray[np.int32]
 BoolArray = NDArray[np.bool_]
@@ -31,14 +33,14 @@ class Batch:
     """Rows as tensors, packed or padded.
 
     Attributes:
-        input_ids: [1, total] packed; [rows, longest] padded.
-        position_ids: same shape; restart at 0 with each row.
+        input_ids: [1, total] packed; [rows, longest] padded. A beginning that packed rows share may lie there once, in front.
+        position_ids: same shape; restart at 0 with each row, behind a shared beginning.
         positions: [supervised] indices into the flattened ``input_ids`` whose next token carries loss.
         targets: [supervised] those next tokens.
         documents: where the rows lie when packed, else ``None``.
         attention_mask: [rows, longest] int64 when padded, else ``None``.
         counts: tokens that carry loss in each row.
-        rows, tokens: counts without padding.
+        rows, tokens: counts without padding; a shared beginning counts for each of its rows.
     """
 
     input_ids: Tensor
@@ -60,14 +62,19 @@ def collate(
     pad_id: int = 0,
     device: torch.device | str = "cpu",
     silent: bool = False,
+    share: bool = False,
 ) -> Batch:
     """Lay rows end to end (``packed``) or right-padded into one batch.
 
     Args:
         input_ids, supervised: rows of equal length each; the first token of a row is never predicted.
         silent: no position carries loss (for a process that has no rows of its own in a step).
+        share: tokens with which all packed rows begin are laid once. In a causal model without dropout nothing changes but rounding.
     """
     longest = max(len(row) for row in input_ids)
+    common = shared_beginning(input_ids, supervised) if packed and share else 0
+    if common:
+        fast.take("beginnings that rows share, once")
     positions: list[NDArray[np.int64]] = []
     targets: list[IntArray] = []
     offset = 0
@@ -76,21 +83,21 @@ def collate(
             keep = np.flatnonzero(learned[1:])
             positions.append(keep + offset)
             targets.append(ids[1:][keep])
-        offset += len(ids) if packed else longest
+        offset += len(ids) - common if packed else longest
     tokens = sum(len(row) for row in input_ids)
     if packed:
-        ids_array = np.concatenate(input_ids)[None, :]
-        place = np.concatenate([np.arange(len(row)) for row in input_ids])[None, :]
-        documents: Documents | None = Documents([len(row) for row in input_ids], device)
+        ids_array = np.concatenate([input_ids[0][:common], *(row[common:] for row in input_ids)])[None, :]
+        place = np.concatenate([np.arange(common), *(np.arange(common, len(row)) for row in input_ids)])[None, :]
+        documents: Documents | None = Documents([len(row) - common for row in input_ids], device, common)
         attention_mask = None
     else:
         padded, mask = pad(input_ids, pad_id)
         ids_array = padded.numpy()
         place = np.broadcast_to(np.arange(longest), ids_array.shape).copy()
-        documents, attention_mask = None, mask.to(device)
+        documents, attention_mask = None, ahead(mask, device)
 
     def tensor(array: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array.astype(np.int64))).to(device)
+        return ahead(torch.from_numpy(np.ascontiguousarray(array.astype(np.int64))), device)
 
     empty: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
     return Batch(
@@ -104,6 +111,26 @@ def collate(
         rows=len(input_ids),
         tokens=tokens,
     )
+
+
+# A beginning is shared if that spares at least this share of the batch's tokens: it makes attention somewhat dearer.
+_WORTH = 1 / 32
+
+
+def shared_beginning(input_ids: Sequence[IntArray], supervised: Sequence[BoolArray]) -> int:
+    """How many tokens all rows begin with, as system prompts and templates have it, none of which predicts a token that carries loss.
+
+    Every row keeps a token of its own. 0 where sharing would spare too little to pay.
+    """
+    limit = min(len(row) for row in input_ids) - 1
+    for ids, learned in zip(input_ids, supervised, strict=True):
+        unlike = np.flatnonzero(ids[:limit] != input_ids[0][:limit])
+        limit = int(unlike[0]) if len(unlike) else limit
+        # The last shared token predicts each row's own next one, so that one must not be learned either.
+        carries = np.flatnonzero(learned[1 : limit + 1])
+        limit = int(carries[0]) if len(carries) else limit
+    spared = limit * (len(input_ids) - 1)
+    return limit if spared > 0 and spared >= _WORTH * sum(map(len, input_ids)) else 0
 
 
 def pad(rows: Sequence[NDArray[np.generic]], value: int) -> tuple[Tensor, Tensor]:

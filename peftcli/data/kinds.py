@@ -13,6 +13,7 @@ from peftcli.data.neutral import Item
 from peftcli.data.sampling import Places
 from peftcli.data.splits import Split
 from peftcli.data.stream import StoredRows
+from peftcli.errors import DataError
 from peftcli.recipe.schema import DatasetSection
 
 F = TypeVar("F")
@@ -41,6 +42,19 @@ class RowKind(ABC, Generic[F]):
     def faults(self) -> Faults:
         """Where faulty rows are noted: they end the run, or are left out as ``dataset.on_error`` says."""
         return Faults(skip=self.config.on_error == "skip", skipped=self.skipped)
+
+    def check_any(self, left: int, rows: int) -> None:
+        """Check that of so many ``rows``, of which the faulty ones are skipped, some are left.
+
+        Raises:
+            DataError: with the last of the faults.
+        """
+        if rows and not left and self.skipped:
+            origin, reason = self.skipped[-1]
+            raise DataError(
+                f"each of {rows} rows is faulty and would be skipped, as {origin}: {reason}",
+                hint="see the faults with dataset.on_error: fail",
+            )
 
     def begin(self, base_dir: Path) -> list[str]:
         """Make the tokenizer ready for training; notes for the user."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from peftcli.data.audit import Audit
 from peftcli.data.faults import Faults
 from peftcli.data.kinds import ORIGINS_KEPT, RowKind
+from peftcli.data.messages import RowFault
 from peftcli.data.neutral import Item, Labelled
 from peftcli.data.splits import LabelledSplit, SplitCounts
 from peftcli.data.tokenize import Ids
@@ -49,13 +49,24 @@ class ClassAudit(Audit):
 
 @dataclass
 class Fitted:
-    """Rows that fit. ``truncated``: how many were cut; ``too_long``: places of those left out."""
+    """Rows that fit.
+
+    Attributes:
+        targets: of each row, as :class:`LabelledSplit` has them.
+        truncated: how many were cut. ``too_long``, ``faulty``: places of those left out.
+    """
 
     items: list[Labelled] = field(default_factory=list)
+    targets: list[list[float]] = field(default_factory=list)
     input_ids: list[Ids] = field(default_factory=list)
     segments: list[Ids] = field(default_factory=list)
     truncated: int = 0
     too_long: list[str] = field(default_factory=list)
+    faulty: list[str] = field(default_factory=list)
+
+    @property
+    def dropped(self) -> list[str]:
+        return [*self.too_long, *self.faulty]
 
 
 class LabelledRows(RowKind[Fitted]):
@@ -101,7 +112,8 @@ class LabelledRows(RowKind[Fitted]):
 
     def encode(self, items: Sequence[Item], *, max_length: int, held_out: bool, notes: list[str]) -> Fitted:
         what = "held-out" if held_out else "training"
-        rows = [item for item in items if isinstance(item, Labelled)]
+        found = Fitted()
+        rows, targets = self._judged([item for item in items if isinstance(item, Labelled)], found)
         mode, side = self.config.truncation, self.tokenizer.truncation_side
         encoded = self._tokenize(rows, None)
         long = [len(ids) > max_length for ids in encoded["input_ids"]]
@@ -118,12 +130,12 @@ class LabelledRows(RowKind[Fitted]):
             self.tokenizer.truncation_side = "right" if mode == "keep_start" else "left"
             encoded = self._tokenize(rows, max_length)
             self.tokenizer.truncation_side = side
-        found = Fitted()
         for index, (row, over) in enumerate(zip(rows, long, strict=True)):
             if over and mode == "drop":
                 found.too_long.append(row.origin)
                 continue
             found.items.append(row)
+            found.targets.append(targets[index])
             found.input_ids.append(np.asarray(encoded["input_ids"][index], dtype=np.int32))
             if "token_type_ids" in encoded:
                 found.segments.append(np.asarray(encoded["token_type_ids"][index], dtype=np.int32))
@@ -137,7 +149,7 @@ class LabelledRows(RowKind[Fitted]):
         return found
 
     def audit(self, fitted: Fitted, empty: Sequence[str], notes: Sequence[str]) -> ClassAudit:
-        targets = self._targets(fitted.items)
+        targets = np.asarray(fitted.targets)
         assert self.problem is not None
         counts: dict[str, int] = {}
         if self.problem == "single_label":
@@ -149,7 +161,7 @@ class LabelledRows(RowKind[Fitted]):
             rows=len(fitted.items),
             tokens=sum(map(len, fitted.input_ids)),
             truncated=fitted.truncated,
-            dropped=len(empty) + len(fitted.too_long),
+            dropped=len(empty) + len(fitted.dropped),
             notes=tuple(notes),
             example=((f"{text} → ", False), (", ".join(_names(fitted.items[0].label)) or "(none)", True)),
             example_origin=fitted.items[0].origin,
@@ -159,7 +171,7 @@ class LabelledRows(RowKind[Fitted]):
         )
 
     def split(self, fitted: Fitted, empty: Sequence[str], *, held_out: bool) -> LabelledSplit:
-        dropped = [*empty, *fitted.too_long]
+        dropped = [*empty, *fitted.dropped]
         lengths = [len(ids) for ids in fitted.input_ids]
         return LabelledSplit(
             origins=[item.origin for item in fitted.items],
@@ -167,7 +179,7 @@ class LabelledRows(RowKind[Fitted]):
             dropped_origins=dropped[:ORIGINS_KEPT],
             input_ids=fitted.input_ids,
             segments=fitted.segments or None,
-            targets=self._targets(fitted.items),
+            targets=np.asarray(fitted.targets),
         )
 
     def _tokenize(self, rows: Sequence[Labelled], max_length: int | None) -> dict[str, list[list[int]]]:
@@ -193,50 +205,51 @@ class LabelledRows(RowKind[Fitted]):
         """Whether the tokenizer puts a token of its own between two texts; else (GPT-2) a line break goes there."""
         return bool(self.tokenizer.num_special_tokens_to_add(pair=True) > self.tokenizer.num_special_tokens_to_add(pair=False))
 
-    def _targets(self, items: Sequence[Labelled]) -> npt.NDArray[np.float64]:
-        """[rows, outputs] as :class:`LabelledSplit` has them.
+    def _judged(self, items: Sequence[Labelled], found: Fitted) -> tuple[list[Labelled], list[list[float]]]:
+        """The rows whose label is one of the run's, and the targets of each. Others are faults, or go as ``on_error`` says.
 
         Raises:
-            DataError: up to ten rows whose label is not one of the run's, with their places.
+            DataError: up to ten rows with a strange label, with their places; no row is left.
         """
-        faults = Faults()
+        faults, rows, targets = self.faults(), list[Labelled](), list[list[float]]()
         place = {name: index for index, name in enumerate(self.labels or ())}
         if all(_number(name) is None for name in place):  # then numbers are no names
             place |= {str(index): index for index in range(len(place))}
-        width = len(self.labels or ()) if self.problem == "multi_label" else 1
-        targets = np.zeros((len(items), width))
-        for index, item in enumerate(items):
-            if self.problem == "regression":
-                number = _number(item.label)
-                if number is None:
-                    faults.add(f"{item.origin}: the label {item.label!r} is no number, and this run learns numbers")
-                else:
-                    targets[index, 0] = number
+        for item in items:
+            try:
+                target = self._target(item, place)
+            except RowFault as fault:
+                faults.add(str(fault), at=item.origin, hint=fault.hint)
+                found.faulty.append(item.origin)
                 continue
-            names = _names(item.label)
-            if self.problem == "single_label" and len(names) != 1:
-                faults.add(f"{item.origin}: {len(names)} labels where one is needed", hint="several labels: task.problem: multi_label")
-                continue
-            if len(set(names)) != len(names):
-                faults.add(
-                    f"{item.origin}: a label stands twice in {list(names)}",
-                    hint="a list names the labels that apply; it is no vector of 0 and 1",
-                )
-                continue
-            for name in names:
-                if name not in place:
-                    known = list(self.labels or ())
-                    near = nearest(name, known)
-                    faults.add(
-                        f"{item.origin}: {name!r} is none of the {len(known)} labels"
-                        + (f"; did you mean {near!r}?" if near else f" ({', '.join(known[:_MOST_LABELS_SHOWN])})")
-                    )
-                elif self.problem == "multi_label":
-                    targets[index, place[name]] = 1.0
-                else:
-                    targets[index, 0] = place[name]
+            rows.append(item)
+            targets.append(target)
         faults.raise_if_any()
-        return targets
+        self.check_any(len(rows), len(items))
+        return rows, targets
+
+    def _target(self, item: Labelled, place: Mapping[str, int]) -> list[float]:
+        """One row of the targets that :class:`LabelledSplit` has."""
+        if self.problem == "regression":
+            number = _number(item.label)
+            if number is None:
+                raise RowFault(f"the label {item.label!r} is no number, and this run learns numbers")
+            return [number]
+        names = _names(item.label)
+        if self.problem == "single_label" and len(names) != 1:
+            raise RowFault(f"{len(names)} labels where one is needed", hint="several labels: task.problem: multi_label")
+        if len(set(names)) != len(names):
+            raise RowFault(f"a label stands twice in {list(names)}", hint="a list names the labels that apply; it is no vector of 0 and 1")
+        for name in names:
+            if name not in place:
+                known = list(self.labels or ())
+                near = nearest(name, known)
+                more = f"; did you mean {near!r}?" if near else f" ({', '.join(known[:_MOST_LABELS_SHOWN])})"
+                raise RowFault(f"{name!r} is none of the {len(known)} labels{more}")
+        if self.problem == "multi_label":
+            applies = {place[name] for name in names}
+            return [float(index in applies) for index in range(len(self.labels or ()))]
+        return [float(place[names[0]])]
 
 
 def _number(label: str | float | tuple[str, ...]) -> float | None:

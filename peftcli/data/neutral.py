@@ -158,8 +158,3 @@ def _asked(item: Item) -> Any:
 def _key(value: Any) -> int:
     # 64 bits: among ten million rows two different ones share a key with a probability of 3e-6.
     return int.from_bytes(hashlib.blake2b(repr(value).encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little") or 1
-
-
-def digest(item: Item) -> int:
-    """A key of the content, without the origin: equal for exact duplicates. (Until ``prepare`` uses :func:`keys`.)"""
-    return keys(item)[0]

@@ -85,6 +85,11 @@ class TwoSplit(Split):
     def lengths(self) -> tuple[int, ...]:
         return tuple(len(one.input_ids) + len(other.input_ids) for one, other in self.rows)
 
+    @property
+    def widths(self) -> tuple[Sequence[int], ...]:
+        longer = [max(len(one.input_ids), len(other.input_ids)) for one, other in self.rows]
+        return longer, longer
+
     def units(self, row: int) -> int:
         return 1
 
@@ -193,6 +198,7 @@ class _TwoRows(RowKind[Fitted[J]]):
         found.faulty = sorted({origin for origin, _ in self.skipped[before:]})
         faulty = set(found.faulty)
         kept = [item for item in items if item.origin not in faulty]
+        self.check_any(len(kept), len(items))
         columns = [[row for row in rows if row.origin not in faulty] for rows in tables]
         return ((item, list(rows)) for item, *rows in zip(kept, *columns, strict=True))
 

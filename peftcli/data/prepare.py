@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -80,7 +81,7 @@ class _Loader:
     def load(self, source: SourceSection, role: Role, limit: int | None, opened: Source | None = None) -> _Loaded:
         """Rows in memory. ``opened``: the source, where it was found before."""
         before = len(self.kind.skipped)
-        opened = opened or open_source(source, base_dir=self.base_dir, role=role)
+        opened = opened or open_source(source, base_dir=self.base_dir, role=role, streaming=bool(self.config.streaming))
         read = self._read(source, opened, stop_at(source, limit))
         self.kind.skipped.extend(read.skipped)
         self.notes.extend(read.notes)
@@ -94,13 +95,14 @@ class _Loader:
         """Rows on disk."""
         config, faults = self.config, self.kind.faults()
         self.notes.extend(opened.notes)
-        first = list(islice(opened.rows(Faults(skip=True), []), _LOOKED_AT))
+        stop = stop_at(source, limit)
+        with closing(opened.rows(Faults(skip=True), [])) as rows:
+            first = list(islice(rows, min(_LOOKED_AT, stop or _LOOKED_AT)))
         if not first:
             self._read(source, opened, None)
         converter = self._converter(source, list(dict.fromkeys(name for row in first for name in row.values)), whole=False)
         reading = opened.reading if isinstance(opened, FileSource) else Reading()
         job = Job(self.tokenizer, reading, converter, config.train_on, self.limit, config.truncation)
-        stop = stop_at(source, limit)
         stored = store_rows(opened, job, stop=stop, faults=faults, processes=config.num_proc, weight=source.weight)
         facts = stored.store.facts
         check_mapping(converter.mapping, facts["columns"], source.path)
@@ -318,8 +320,6 @@ def _divide(config: DatasetSection, loader: _Loader, seed: int) -> _Divided:
 
 def _pools(config: DatasetSection, loader: _Loader, stop: int | None) -> Sequence[_Pool]:
     opened = [open_source(source, base_dir=loader.base_dir, role="train", streaming=bool(config.streaming)) for source in config.train]
-    if config.streaming and not loader.kind.streams:
-        loader.notes.append("dataset.streaming: rows of this task are kept in memory")
     if not loader.large(opened):
         return [loader.load(source, "train", stop, found) for source, found in zip(config.train, opened, strict=True)]
     return [loader.store(source, found, stop) for source, found in zip(config.train, opened, strict=True)]

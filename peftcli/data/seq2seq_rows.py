@@ -17,7 +17,7 @@ from peftcli.data.audit import Audit
 from peftcli.data.faults import Faults
 from peftcli.data.kinds import ORIGINS_KEPT, RowKind
 from peftcli.data.neutral import Completion, Conversation, Item
-from peftcli.data.splits import GenerationExample, PairSplit, SplitCounts
+from peftcli.data.splits import GenerationExample, PairSplit, SplitCounts, to_answer
 from peftcli.data.tokenize import Ids
 from peftcli.errors import DataError
 from peftcli.recipe.schema import DatasetSection
@@ -53,7 +53,7 @@ class PairAudit(Audit):
 
 @dataclass
 class Pairs:
-    """Rows that fit, and the numbers of those that were cut. ``too_long``: places of those left out."""
+    """Rows that fit, and the numbers of those that were cut. ``too_long``, ``faulty``: places of those left out."""
 
     items: list[Completion] = field(default_factory=list)
     sources: list[Ids] = field(default_factory=list)
@@ -61,6 +61,11 @@ class Pairs:
     sources_cut: list[int] = field(default_factory=list)
     targets_cut: list[int] = field(default_factory=list)
     too_long: list[str] = field(default_factory=list)
+    faulty: list[str] = field(default_factory=list)
+
+    @property
+    def dropped(self) -> list[str]:
+        return [*self.too_long, *self.faulty]
 
     @property
     def truncated(self) -> int:
@@ -98,7 +103,7 @@ class Seq2SeqRows(RowKind[Pairs]):
     def encode(self, items: Sequence[Item], *, max_length: int, held_out: bool, notes: list[str]) -> Pairs:
         what, mode, found, faults = "held-out" if held_out else "training", self.config.truncation, Pairs(), Faults()
         limit = self.max_target or max_length
-        rows = self._pairs(items)
+        rows = self._pairs(items, found)
         for first in range(0, len(rows), _BATCH):
             batch = rows[first : first + _BATCH]
             sources = self._tokenize([row.prompt for row in batch])
@@ -151,7 +156,7 @@ class Seq2SeqRows(RowKind[Pairs]):
             rows=len(fitted.items),
             tokens=supervised + read,
             truncated=fitted.truncated,
-            dropped=len(empty) + len(fitted.too_long),
+            dropped=len(empty) + len(fitted.dropped),
             notes=tuple(notes),
             example=tuple((_shortened(text), learned) for text, learned in example),
             example_origin=fitted.items[shown].origin,
@@ -164,35 +169,43 @@ class Seq2SeqRows(RowKind[Pairs]):
         )
 
     def split(self, fitted: Pairs, empty: Sequence[str], *, held_out: bool) -> PairSplit:
-        dropped = [*empty, *fitted.too_long]
+        dropped = [*empty, *fitted.dropped]
         lengths = [len(source) + len(target) for source, target in zip(fitted.sources, fitted.targets, strict=True)]
-        examples = [
-            GenerationExample(source.tolist(), item.request, item.completion, item.origin)
+        examples = (
+            GenerationExample(source.tolist(), item.request, (item.completion,), item.origin)
             for item, source in zip(fitted.items, fitted.sources, strict=True)
-        ]
+        )
         return PairSplit(
             origins=[item.origin for item in fitted.items],
             counts=SplitCounts(len(lengths), sum(lengths), sum(map(len, fitted.targets)), fitted.truncated, len(dropped), max(lengths)),
             dropped_origins=dropped[:ORIGINS_KEPT],
             input_ids=fitted.sources,
             target_ids=fitted.targets,
-            generation=examples if held_out else [],
+            generation=to_answer(examples) if held_out else [],
             stop_ids=(self.tokenizer.eos_token_id,),
         )
 
-    def _pairs(self, items: Sequence[Item]) -> list[Completion]:
-        """Raises:
-        DataError: up to ten rows that are more than a text and its answer.
+    def _pairs(self, items: Sequence[Item], found: Pairs) -> list[Completion]:
+        """The rows that are a text and its answer. Others are faults, or go as ``on_error`` says.
+
+        Raises:
+            DataError: up to ten rows that are more, with their places; no row is left.
         """
-        faults, found = Faults(hint="keep one question and its answer of each, or train a chat model: task: causal_lm"), []
+        faults, pairs = self.faults(), list[Completion]()
         for item in items:
             pair = _as_pair(item)
-            if pair is None:
-                faults.add(f"{item.origin}: an encoder-decoder learns one answer to one text, and this is more of a conversation")
-            else:
-                found.append(pair)
+            if pair is not None:
+                pairs.append(pair)
+                continue
+            faults.add(
+                "an encoder-decoder learns one answer to one text, and this is more of a conversation",
+                at=item.origin,
+                hint="keep one question and its answer of each, or train a chat model: task: causal_lm",
+            )
+            found.faulty.append(item.origin)
         faults.raise_if_any()
-        return found
+        self.check_any(len(pairs), len(items))
+        return pairs
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         ids: list[list[int]] = self.tokenizer(texts, verbose=False)["input_ids"]

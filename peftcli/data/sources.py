@@ -6,7 +6,7 @@ import codecs
 import hashlib
 import json
 import re
-from collections.abc import Container, Generator, Sequence
+from collections.abc import Container, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -96,10 +96,16 @@ class HubSource:
     notes: list[str] = field(default_factory=list)
 
     def rows(self, faults: Faults, used: list[tuple[str, str]], only: Container[int] | None = None) -> Generator[Row, None, None]:
-        """All rows; ``used`` gets (label, sha256 of the rows as JSON) once the last one asked for was read."""
+        """All rows; ``used`` gets (label, sha256 of the rows as JSON) once the last one asked for was read.
+
+        Raises:
+            DataError: the library gives up in the middle; that is no faulty row, which could be skipped.
+        """
         digest, index = hashlib.sha256(), -1
+        table = iter(self.table)
         try:
-            for index, values in enumerate(self.table):
+            while (values := self._next(table, index + 1)) is not None:
+                index += 1
                 digest.update(json.dumps(values, sort_keys=True, default=str).encode())
                 if only is None or index in only:
                     yield Row(dict(values), f"{self.shown}[{index}]")
@@ -108,8 +114,23 @@ class HubSource:
         if index < 0:
             faults.add("the split has no rows", at=self.shown)
 
+    def _next(self, table: Iterator[Any], index: int) -> Any:
+        try:
+            return next(table, None)
+        except Exception as error:
+            raise DataError(
+                f"{self.shown}: the rows break off before number {index} ({_first_line(error)})",
+                hint="try again where the hub cannot be reached; a file of broken rows can be downloaded and read by its path, "
+                "with dataset.on_error: skip",
+            ) from error
+
 
 Source = FileSource | HubSource
+
+
+def _first_line(error: Exception) -> str:
+    """An error of the library or of those that it uses, in a few words."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')[:160]}".removesuffix(": ")
 
 
 def find(path: str, base_dir: Path) -> Path | None:
@@ -247,9 +268,8 @@ def _hub(source: SourceSection, base_dir: Path, role: Role, streaming: bool) -> 
         loaded: Any = datasets.load_dataset(source.path, source.name, revision=source.revision, **settings)
     except Exception as error:
         # The library raises its own, fsspec's, httpx's and pyarrow's errors here.
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise DataError(
-            f"{source.path}: no such file or folder, and no hub dataset of this name could be had ({type(error).__name__}: {first[:160]})",
+            f"{source.path}: no such file or folder, and no hub dataset of this name could be had ({_first_line(error)})",
             hint=_missing(source.path, base_dir).message + "; or the hub cannot be reached from here",
         ) from error
     split = next((name for name in wanted if name in loaded), None)

@@ -5,7 +5,7 @@ token. What the template writes after that (often a line break) is nothing that 
 
 Three ways, tried in this order:
 
-1. The template's own ``{% generation %}`` blocks.
+1. The template's own ``{% generation %}`` blocks, which the generation prompt must stand before.
 2. Prefixes: the rendering of the messages before the turn, with the generation prompt, must be the start of the whole.
 3. Where a template renders earlier turns differently in the whole (it moves the system prompt, or strips reasoning): the
    turn's content is exchanged for a marker, and the generation prompt must stand right before the marker.
@@ -92,7 +92,17 @@ class Locator:
     def _marked(self, text: str, conversation: Conversation, turn: int, start: int, end: int) -> Span:
         # A block may hold the header as well, which inference writes by itself.
         prefix = self._prefix(text, conversation, turn)
-        start = start if prefix is None else max(start, prefix)
+        if prefix is None:
+            # Earlier turns are rendered differently in the whole; the block still follows what inference writes before an answer.
+            asked = self._asked(conversation, turn)
+            if asked is not None and text.startswith(asked, start):
+                start += len(asked)
+            elif asked is not None and not text.endswith(asked, 0, start):
+                raise RenderFault(
+                    f"message {turn}: the generation prompt {asked!r} does not stand before the part that is marked as generated"
+                )
+        else:
+            start = max(start, prefix)
         span = self._close(text, start, end, conversation, turn)
         if not span.closed and (match := self._next_special.match(text, span.end)):
             # A block around the content alone would never teach the model to stop.
@@ -122,11 +132,11 @@ class Locator:
             raise RenderFault(f"{where}: the template renders its content differently from what it is")
         if start is None:
             start = len(before)
-            bare, asked = self._try(conversation, turn), self._try(conversation, turn, prompt=True)
-            if bare is None or asked is None or not asked.startswith(bare):
+            asked = self._asked(conversation, turn)
+            if asked is None:
                 raise RenderFault(f"{where}: the template cannot render the messages before it")
-            if not before.endswith(asked[len(bare) :]):
-                raise RenderFault(f"{where}: the generation prompt {asked[len(bare) :]!r} does not stand before it")
+            if not before.endswith(asked):
+                raise RenderFault(f"{where}: the generation prompt {asked!r} does not stand before it")
         end = len(text) - len(after)
         match = re.compile(r"\s*").match(after)
         closing = self._next_special.match(after, match.end() if match else 0)
@@ -136,6 +146,11 @@ class Locator:
         """Length of everything before the turn, generation prompt included, if the whole text starts with it."""
         prompt = self._try(conversation, turn, prompt=True)
         return len(prompt) if prompt is not None and len(prompt) < len(text) and text.startswith(prompt) else None
+
+    def _asked(self, conversation: Conversation, turn: int) -> str | None:
+        """The generation prompt alone, as it stands behind the messages before the turn."""
+        bare, asked = self._try(conversation, turn), self._try(conversation, turn, prompt=True)
+        return None if bare is None or asked is None or not asked.startswith(bare) else asked[len(bare) :]
 
     def _try(self, conversation: Conversation, stop: int, *, prompt: bool = False) -> str | None:
         try:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -26,19 +26,36 @@ class SplitCounts:
 
 @dataclass(frozen=True)
 class GenerationExample:
-    """One held-out row whose answer the model is asked to write.
+    """What the model is asked to answer: one held-out row, or several that ask the same.
 
     Attributes:
         prompt_ids: what the model is given, generation prompt included.
         prompt: the readable request: the last user message, or the prompt.
-        reference: the answer of the data.
-        origin: the row's place.
+        references: the different answers of the data, at least one.
+        origin: the place of the first row.
     """
 
     prompt_ids: list[int]
     prompt: str
-    reference: str
+    references: tuple[str, ...]
     origin: str
+
+    @property
+    def reference(self) -> str:
+        """The answers as people read them."""
+        return "\nor: ".join(self.references)
+
+
+def to_answer(rows: Iterable[GenerationExample]) -> list[GenerationExample]:
+    """Rows with the same prompt as one example with all their answers, in the order of their first rows. So that a data set that
+    has several answers to one request, as translations and descriptions have, is measured against all of them."""
+    found: dict[tuple[tuple[int, ...], str], GenerationExample] = {}
+    for row in rows:
+        key = tuple(row.prompt_ids), row.prompt
+        known = found.setdefault(key, row)
+        if known is not row:
+            found[key] = replace(known, references=tuple(dict.fromkeys(known.references + row.references)))
+    return list(found.values())
 
 
 @dataclass(frozen=True)
@@ -49,7 +66,7 @@ class Split(ABC):
         origins: the place of each row.
         counts: plain counts.
         dropped_origins: places of the rows left out, the first 1000.
-        generation: held-out rows to be answered; empty where the task writes no answers.
+        generation: what is to be answered of the held-out rows; empty where the task writes no answers.
         stop_ids: the tokens that end an answer in these rows, EOS among them: where generation stops.
     """
 
@@ -63,6 +80,11 @@ class Split(ABC):
     @abstractmethod
     def lengths(self) -> Sequence[int]:
         """Tokens of each row, as the model sees them."""
+
+    @property
+    def widths(self) -> tuple[Sequence[int], ...]:
+        """For each tensor that the rows of a batch are padded into: the tokens of each row that go there."""
+        return (self.lengths,)
 
     @abstractmethod
     def units(self, row: int) -> int:
@@ -114,6 +136,10 @@ class PairSplit(Split):
     @property
     def lengths(self) -> tuple[int, ...]:
         return tuple(len(source) + len(target) for source, target in zip(self.input_ids, self.target_ids, strict=True))
+
+    @property
+    def widths(self) -> tuple[Sequence[int], ...]:
+        return [len(source) for source in self.input_ids], [len(target) for target in self.target_ids]
 
     def units(self, row: int) -> int:
         return len(self.target_ids[row])

@@ -78,19 +78,24 @@ class StoredText(TextSplit):
         source = np.repeat(np.arange(len(stores), dtype=np.int16), [len(part) for part in pieces])
         piece, row = np.concatenate(pieces), np.concatenate(rows)
         records = np.concatenate([stored.pieces[part] for stored, part in zip(stores, pieces, strict=True)])
-        states = np.concatenate([stored.rows[places] for stored, places in zip(stores, chosen, strict=True)])
+        state, lost, kept = (
+            np.concatenate([stored.rows[name][places] for stored, places in zip(stores, chosen, strict=True)])
+            for name in ("state", "lost", "pieces")
+        )
         flags, count = records["flags"], len(piece)
 
         def having(flag: int) -> int:
             return int(np.count_nonzero(flags & flag))
 
-        lost = int(states["lost"].sum())
-        faulty, too_long = int((states["state"] == store.FAULTY).sum()), int((states["state"] == store.TOO_LONG).sum())
+        unsupervised = int(lost.sum())
+        faulty, too_long = int((state == store.FAULTY).sum()), int((state == store.TOO_LONG).sum())
         dropped = list(left_out[:ORIGINS_KEPT])
-        for state in (store.TOO_LONG, store.KEPT, store.FAULTY):
+        for what in (store.TOO_LONG, store.KEPT, store.FAULTY):
             for stored, places in zip(stores, chosen, strict=True):
+                if len(dropped) == ORIGINS_KEPT or not (too_long + unsupervised + faulty):
+                    break
                 part = stored.rows[places]
-                times = part["lost"] if state == store.KEPT else part["state"] == state
+                times = part["lost"] if what == store.KEPT else part["state"] == what
                 left = ORIGINS_KEPT - len(dropped)
                 dropped.extend(stored.origin(int(place)) for place in np.repeat(places, times)[:left])
         ends = set(np.unique(records["end"]).tolist()) - {-1}
@@ -101,7 +106,7 @@ class StoredText(TextSplit):
                 tokens=int(records["tokens"].sum(dtype=np.int64)),
                 supervised_tokens=int(records["supervised"].sum(dtype=np.int64)),
                 truncated=having(store.TRUNCATED),
-                dropped=len(left_out) + too_long + lost + faulty,
+                dropped=len(left_out) + too_long + unsupervised + faulty,
                 longest=int(records["tokens"].max(initial=0)),
             ),
             dropped_origins=dropped,
@@ -112,10 +117,10 @@ class StoredText(TextSplit):
             source=source,
             piece=piece,
             found=Found(
-                rows=len(states),
+                rows=len(state),
                 too_long=too_long,
-                unsupervised=lost,
-                split=int((states["pieces"] + states["lost"] > 1).sum()),
+                unsupervised=unsupervised,
+                split=int((kept + lost > 1).sum()),
                 opened=having(store.HAS_START),
                 bos=having(store.BOS),
                 complete=having(store.HAS_END),
@@ -157,7 +162,10 @@ class StoredText(TextSplit):
 
 def _pieces(stored: Store, rows: Places) -> tuple[Places, Places]:
     """The numbers of the pieces of these rows, in their order, and the row of each."""
-    whole: Any = np.asarray(stored.rows["pieces"], np.int64)
+    whole: Any = np.asarray(stored.rows["pieces"])
     first, counts = (np.cumsum(whole) - whole)[rows], whole[rows]
-    before = np.cumsum(counts) - counts
-    return np.repeat(first - before, counts) + np.arange(int(counts.sum())), np.repeat(rows, counts)
+    # Each row's pieces follow each other: its first one's number, less the pieces listed before, plus the place in the list.
+    first -= np.cumsum(counts) - counts
+    pieces = np.repeat(first, counts)
+    pieces += np.arange(len(pieces))
+    return pieces, np.repeat(rows, counts)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from peftcli.data.audit import Audit
 from peftcli.data.faults import Faults
@@ -55,7 +54,8 @@ class Fitted:
 
     Attributes:
         words: for each token of a row the number of its word, -1 for none; ``segments``: token type ids where the tokenizer has them.
-        truncated: how many rows were cut. ``dropped``: places of those left out.
+        tags: for each row, the label's index of each word.
+        truncated: how many rows were cut. ``dropped``, ``faulty``: places of those left out.
         words_cut, words_without_token: as :class:`TagAudit` has them.
     """
 
@@ -63,8 +63,10 @@ class Fitted:
     input_ids: list[Ids] = field(default_factory=list)
     segments: list[Ids] = field(default_factory=list)
     words: list[Ids] = field(default_factory=list)
+    tags: list[Ids] = field(default_factory=list)
     truncated: int = 0
     dropped: list[str] = field(default_factory=list)
+    faulty: list[str] = field(default_factory=list)
     words_cut: int = 0
     words_without_token: int = 0
 
@@ -107,7 +109,8 @@ class TaggedRows(RowKind[Fitted]):
 
     def encode(self, items: Sequence[Item], *, max_length: int, held_out: bool, notes: list[str]) -> Fitted:
         what = "held-out" if held_out else "training"
-        rows = [item for item in items if isinstance(item, Tagged)]
+        found = Fitted()
+        rows, tags = self._tagged([item for item in items if isinstance(item, Tagged)], found)
         mode, side = self.config.truncation, self.tokenizer.truncation_side
         whole = self._tokenize(rows, None)
         long = [len(ids) > max_length for ids in whole["input_ids"]]
@@ -125,7 +128,6 @@ class TaggedRows(RowKind[Fitted]):
             self.tokenizer.truncation_side = "right" if mode == "keep_start" else "left"
             encoded = self._tokenize(rows, max_length)
             self.tokenizer.truncation_side = side
-        found = Fitted()
         for index, (row, over) in enumerate(zip(rows, long, strict=True)):
             words = _words(row, encoded["offset_mapping"][index], encoded["special_tokens_mask"][index])
             present = len(np.unique(words[words >= 0]))
@@ -139,6 +141,7 @@ class TaggedRows(RowKind[Fitted]):
                 found.words_cut, lost = found.words_cut + cut, lost - cut
             found.words_without_token += lost
             found.items.append(row)
+            found.tags.append(tags[index])
             found.input_ids.append(np.asarray(encoded["input_ids"][index], dtype=np.int32))
             found.words.append(words)
             if "token_type_ids" in encoded:
@@ -160,7 +163,7 @@ class TaggedRows(RowKind[Fitted]):
 
     def audit(self, fitted: Fitted, empty: Sequence[str], notes: Sequence[str]) -> TagAudit:
         counts = np.zeros(len(self.labels or ()), dtype=np.int64)
-        for tags, words in zip(self._tags(fitted.items), fitted.words, strict=True):
+        for tags, words in zip(fitted.tags, fitted.words, strict=True):
             np.add.at(counts, tags[np.unique(words[words >= 0])], 1)
         first, words = fitted.items[0], fitted.words[0]
         shown = [(word, tag) for index, (word, tag) in enumerate(zip(first.tokens, first.tags, strict=True)) if index in words]
@@ -168,7 +171,7 @@ class TaggedRows(RowKind[Fitted]):
             rows=len(fitted.items),
             tokens=sum(map(len, fitted.input_ids)),
             truncated=fitted.truncated,
-            dropped=len(empty) + len(fitted.dropped),
+            dropped=len(empty) + len(fitted.dropped) + len(fitted.faulty),
             notes=tuple(notes),
             example=tuple(part for word, tag in shown for part in ((f"{word} ", False), (f"[{tag}] ", True))),
             example_origin=first.origin,
@@ -178,10 +181,10 @@ class TaggedRows(RowKind[Fitted]):
         )
 
     def split(self, fitted: Fitted, empty: Sequence[str], *, held_out: bool) -> TaggedSplit:
-        dropped = [*empty, *fitted.dropped]
+        dropped = [*empty, *fitted.dropped, *fitted.faulty]
         lengths = [len(ids) for ids in fitted.input_ids]
         targets, places, words = [], [], []
-        for item, tags, of in zip(fitted.items, self._tags(fitted.items), fitted.words, strict=True):
+        for item, tags, of in zip(fitted.items, fitted.tags, fitted.words, strict=True):
             first = np.flatnonzero((of >= 0) & (of != np.concatenate([[-1], of[:-1]])))
             last = np.flatnonzero((of >= 0) & (of != np.concatenate([of[1:], [-1]])))
             labelled = {"first": first, "last": last, "all": np.flatnonzero(of >= 0)}[self.label_at]
@@ -208,23 +211,29 @@ class TaggedRows(RowKind[Fitted]):
         texts = [" ".join(row.tokens) for row in rows]
         return dict(self.tokenizer(texts, verbose=False, return_offsets_mapping=True, return_special_tokens_mask=True, **settings))
 
-    def _tags(self, items: Sequence[Tagged]) -> list[npt.NDArray[np.int32]]:
-        """For each row, the label's index of each word.
+    def _tagged(self, items: Sequence[Tagged], found: Fitted) -> tuple[list[Tagged], list[Ids]]:
+        """The rows whose tags are all of the run's, and for each the label's index of each word. Others are faults, or go as
+        ``on_error`` says.
 
         Raises:
-            DataError: up to ten rows with a tag that is not one of the run's, with their places.
+            DataError: up to ten rows with a strange tag, with their places; no row is left.
         """
-        faults = Faults()
+        faults, rows, tags = self.faults(), list[Tagged](), list[Ids]()
         place = {name: index for index, name in enumerate(self.labels or ())}
-        found = []
         for item in items:
-            for tag in dict.fromkeys(tag for tag in item.tags if tag not in place):
-                near = nearest(tag, list(place))
+            strange = [tag for tag in dict.fromkeys(item.tags) if tag not in place]
+            if strange:
+                near = nearest(strange[0], list(place))
                 more = f"; did you mean {near!r}?" if near else f" ({', '.join(list(place)[:_MOST_LABELS_SHOWN])})"
-                faults.add(f"{item.origin}: {tag!r} is none of the {len(place)} tags{more}", hint="list all of them: task.labels")
-            found.append(np.asarray([place.get(tag, 0) for tag in item.tags], dtype=np.int32))
+                what = f"{' and '.join(map(repr, strange))} {'is' if len(strange) == 1 else 'are'} none of the {len(place)} tags{more}"
+                faults.add(what, at=item.origin, hint="list all of them: task.labels")
+                found.faulty.append(item.origin)
+                continue
+            rows.append(item)
+            tags.append(np.asarray([place[tag] for tag in item.tags], dtype=np.int32))
         faults.raise_if_any()
-        return found
+        self.check_any(len(rows), len(items))
+        return rows, tags
 
 
 def _words(row: Tagged, offsets: Sequence[tuple[int, int]], special: Sequence[int]) -> Ids:

@@ -9,7 +9,7 @@ from peftcli.data.audit import TextAudit, TextCounts, audit_counts, audit_rows, 
 from peftcli.data.kinds import ORIGINS_KEPT, RowKind
 from peftcli.data.neutral import Item, TextItem
 from peftcli.data.sampling import Places
-from peftcli.data.splits import GenerationExample, SplitCounts, TextSplit
+from peftcli.data.splits import GenerationExample, SplitCounts, TextSplit, to_answer
 from peftcli.data.stored_text import StoredText
 from peftcli.data.stream import StoredRows
 from peftcli.data.templates import adds_bos, install
@@ -33,6 +33,7 @@ class TextRows(RowKind[Fitted]):
         texts = [item for item in items if isinstance(item, TextItem)]
         faults, before = self.faults(), len(self.skipped)
         encoded = encoder.encode(texts, exact_prompts=held_out, faults=faults)
+        self.check_any(len(encoded), len(texts))
         fitted = fit(encoded, max_length=max_length, mode=config.truncation, bos=tokenizer.bos_token_id)
         fitted.faulty.extend(origin for origin, _ in self.skipped[before:])
         counts = fitted.split, len(fitted.unsupervised), len(fitted.too_long), fitted.truncated
@@ -79,9 +80,9 @@ class TextRows(RowKind[Fitted]):
             dropped_origins=dropped[:ORIGINS_KEPT],
             input_ids=[row.input_ids for row in rows],
             supervised=[row.supervised for row in rows],
-            generation=[
-                GenerationExample(row.prompt_ids.tolist(), row.request, row.reference, row.origin) for row in rows if len(row.prompt_ids)
-            ]
+            generation=to_answer(
+                GenerationExample(row.prompt_ids.tolist(), row.request, (row.reference,), row.origin) for row in rows if len(row.prompt_ids)
+            )
             if held_out
             else [],
             stop_ids=tuple(sorted(ends | {self.tokenizer.eos_token_id})),
@@ -95,6 +96,7 @@ class TextRows(RowKind[Fitted]):
             [pool.store for pool in pools], parts, [o for pool in pools for o in pool.left_out], self.tokenizer.eos_token_id
         )
         found = split.found
+        self.check_any(len(split.origins) + found.too_long + found.unsupervised, found.rows)
         if not len(split.origins):
             raise nothing_left(found.rows, max_length, found.too_long, found.unsupervised)
         notes.extend(self._changes("training", max_length, found.split, found.unsupervised, found.too_long, split.counts.truncated))

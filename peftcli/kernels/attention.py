@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftcli.errors import UsageError
-from peftcli.kernels import fast
+from peftcli.kernels import fast, varlen
+from peftcli.kernels.transfer import ahead
 
 NAME = "peftcli_packed"
 # A rectangle may be this much larger than its tokens before a new one is begun: a call costs about as much as that waste.
@@ -60,14 +61,23 @@ class Documents:
     Args:
         lengths: of the documents, in the order in which they lie.
         device: of the index tensors.
+        shared: tokens with which every document begins. They lie once, in front of all, are no part of ``lengths``, and every
+            document sees them; each document's positions go on behind them.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
-        self.lengths = tuple(lengths)
-        self.total = sum(self.lengths)
-        starts = [0]
-        for length in self.lengths[:-1]:
-            starts.append(starts[-1] + length)
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu", shared: int = 0) -> None:
+        self.lengths, self.shared = tuple(lengths), shared
+        self.total, self.longest = shared + sum(self.lengths), max(self.lengths, default=0)
+        self.device = torch.device(device)
+
+    @functools.cached_property
+    def starts(self) -> Tensor:
+        """[documents + 1] int32: where each document begins, and the end."""
+        return ahead(torch.from_numpy(np.cumsum([0, *self.lengths], dtype=np.int32)), self.device)
+
+    @functools.cached_property
+    def _laid(self) -> tuple[list[Rectangle], Tensor]:
+        starts = list(itertools.accumulate(self.lengths, initial=self.shared))
         order = sorted(range(len(self.lengths)), key=lambda i: (-self.lengths[i], i))
         groups: list[list[int]] = []
         for index in order:
@@ -79,10 +89,10 @@ class Documents:
                     group.append(index)
                     continue
             groups.append([index])
-        self.rectangles: list[Rectangle] = []
+        rectangles: list[Rectangle] = []
         # In numpy: under fake tensors (memory estimates) the numbers stay known.
-        inverse = np.empty(self.total, dtype=np.int64)
-        offset = 0
+        inverse = np.arange(self.total, dtype=np.int64)
+        offset = self.shared
         for group in groups:
             longest = self.lengths[group[0]]
             gather = np.zeros((len(group), longest), dtype=np.int64)
@@ -94,10 +104,20 @@ class Documents:
                 inverse[start : start + length] = np.arange(offset, offset + length)
                 offset += longest
             flat, slots = gather.reshape(-1), np.flatnonzero(valid)
-            parts = [torch.from_numpy(x).to(device) for x in (flat, slots, flat[slots])]
-            padded = None if valid.all() else torch.from_numpy(valid).to(device)
-            self.rectangles.append(Rectangle(len(group), longest, parts[0], parts[1], parts[2], padded))
-        self.inverse = torch.from_numpy(inverse).to(device)
+            parts = [ahead(torch.from_numpy(x), self.device) for x in (flat, slots, flat[slots])]
+            padded = None if valid.all() else ahead(torch.from_numpy(valid), self.device)
+            rectangles.append(Rectangle(len(group), longest, parts[0], parts[1], parts[2], padded))
+        return rectangles, ahead(torch.from_numpy(inverse), self.device)
+
+    @property
+    def rectangles(self) -> list[Rectangle]:
+        """The documents in rectangles of similar lengths."""
+        return self._laid[0]
+
+    @property
+    def inverse(self) -> Tensor:
+        """[total] where each token lies in the shared beginning and the rectangles, one behind the other."""
+        return self._laid[1]
 
 
 class Prefix:
@@ -191,9 +211,20 @@ def packed_attention(
     Returns:
         [1, total, heads, width].
     """
-    heads, groups = query.shape[1], query.shape[1] // key.shape[1]
     outputs: list[Tensor] = []
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    dtype, shared = _common(q, k, v), documents.shared
+    alone = prefix is None and not shared and dropout == 0.0
+    if alone and varlen.serves(q, v, dtype) and fast.take("variable-length attention"):
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+        return varlen.attend(q, k, v, documents.starts, documents.longest, scaling=scaling, causal=causal).unsqueeze(0)
+    if shared:
+        first = [x[:shared].unsqueeze(0).transpose(1, 2) for x in (q, k, v)]
+        outputs.append(_attend(first, None, scaling, causal, dropout, prefix))
+        # To a document the shared tokens are what a prefix is: keys and values in front of its own.
+        ahead_of_all = [x[0] for x in first[1:]]
+        both = ahead_of_all if prefix is None else [torch.cat(pair, dim=1) for pair in zip(prefix, ahead_of_all, strict=True)]
+        prefix = (both[0], both[1])
     for rectangle in documents.rectangles:
         rows, longest = rectangle.rows, rectangle.longest
         if rectangle.valid is None and rows == 1 and longest == documents.total:
@@ -205,21 +236,30 @@ def packed_attention(
                 for x in (q, k, v)
             ]
         mask = None if causal or rectangle.valid is None else rectangle.valid[:, None, None, :]
-        limit = _SHORT.get(query.dtype, (0, 0))[0 if causal else 1] if query.device.type == "cpu" and dropout == 0.0 else 0
-        short = longest <= limit and fast.take("attention of short rows by plain products")
-        extra = 0
-        if prefix is not None:
-            parts, mask, extra = _with_prefix(parts, mask, prefix, square=causal and not short)
-        if short:
-            out = _short_attention(parts[0], parts[1], parts[2], mask, scaling, causal)
-        else:
-            out = F.scaled_dot_product_attention(
-                parts[0], parts[1], parts[2], attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=groups > 1
-            )[:, :, extra:]
-        outputs.append(out.transpose(1, 2).reshape(rows * longest, heads, -1))
+        outputs.append(_attend(parts, mask, scaling, causal, dropout, prefix))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     scattered: Tensor = _Scatter.apply(joined, documents.inverse)  # type: ignore[no-untyped-call]
     return scattered.unsqueeze(0)
+
+
+def _attend(
+    parts: Sequence[Tensor], mask: Tensor | None, scaling: float, causal: bool, dropout: float, prefix: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """[rows * length, heads, width] from query, key and value [rows, heads, length, width] of rows that see ``prefix`` and themselves."""
+    query, key = parts[0], parts[1]
+    rows, heads, length, _ = query.shape
+    limit = _SHORT.get(query.dtype, (0, 0))[0 if causal else 1] if query.device.type == "cpu" and dropout == 0.0 else 0
+    short = length <= limit and fast.take("attention of short rows by plain products")
+    extra = 0
+    if prefix is not None:
+        parts, mask, extra = _with_prefix(parts, mask, prefix, square=causal and not short)
+    if short:
+        out = _short_attention(parts[0], parts[1], parts[2], mask, scaling, causal)
+    else:
+        out = F.scaled_dot_product_attention(
+            parts[0], parts[1], parts[2], attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=heads > key.shape[1]
+        )[:, :, extra:]
+    return out.transpose(1, 2).reshape(rows * length, heads, -1)
 
 
 def _with_prefix(
@@ -320,13 +360,14 @@ def reference_attention(
     prefix: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The same by a block-diagonal mask over the whole row; shapes as in :func:`packed_attention`."""
-    owner = torch.repeat_interleave(torch.arange(len(documents.lengths)), torch.tensor(documents.lengths)).to(query.device)
-    mask = owner[:, None] == owner[None, :]
+    own = torch.repeat_interleave(torch.arange(len(documents.lengths)), torch.tensor(documents.lengths))
+    owner = torch.cat([own.new_full((documents.shared,), -1), own]).to(query.device)
+    mask = (owner[:, None] == owner[None, :]) | (owner[None, :] == -1)
     if causal:
         mask = mask & torch.ones_like(mask).tril()
     if prefix is not None:
         mask = torch.cat([mask.new_ones(mask.shape[0], prefix[0].shape[-2]), mask], dim=1)
-        key, value = (torch.cat([own[None], x], dim=2) for own, x in zip(prefix, (key, value), strict=True))
+        key, value = (torch.cat([more[None], x], dim=2) for more, x in zip(prefix, (key, value), strict=True))
     repeat = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
     scores = (query @ key.transpose(-1, -2)) * scaling
@@ -364,8 +405,10 @@ def _forward(
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise PackingUnsupportedError("the model's attention has a term that packed rows do not support")
     window = kwargs.get("sliding_window")
-    if window is not None and max(documents.lengths) > window:
-        raise PackingUnsupportedError(f"a row of {max(documents.lengths)} tokens is longer than the model's attention window of {window}")
+    if window is not None and documents.shared + documents.longest > window:
+        raise PackingUnsupportedError(
+            f"a row of {documents.shared + documents.longest} tokens is longer than the model's attention window of {window}"
+        )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     return packed_attention(query, key, value, documents, scaling=scale, causal=causal, dropout=dropout, prefix=prefix), None
 

@@ -14,49 +14,74 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftcli.kernels import native
 from peftcli.kernels.cross_entropy import reference_cross_entropy
 
 # Logits of one product: enough rows that the weight, which every product reads, is not what takes the time.
 _LOGITS = 1 << 24
 # Wide scratch of one slice of them, about what a core's share of the last cache holds.
 _WIDE = 1 << 20
+# The same on a GPU, where many small launches are what takes the time: 128 MiB of logits, 64 MiB of scratch.
+_GPU_LOGITS, _GPU_WIDE = 1 << 26, 1 << 24
+
+
+def _compiled(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as :func:`_operators`, in two passes over each row."""
+    (rows, vocabulary), wide = logits.shape, torch.float32
+    losses, shares, right = logits.new_empty(rows, dtype=wide), logits.new_empty(rows, dtype=wide), torch.empty_like(targets)
+    native.call("cross_entropy", logits, logits, targets, losses, shares, right, rows, vocabulary, int(gradient))
+    return losses.sum(), right.sum(), shares.unsqueeze(1)
+
+
+def _operators(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The summed cross-entropy of logits [rows, vocabulary], the number of correct rows, and ``1 / sum of exp`` [rows, 1].
+
+    With ``gradient`` the logits become ``exp - [target] * sum``, which the last result makes the gradient; it is multiplied in
+    when the rows are short again.
+    """
+    rows, vocabulary = logits.shape
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    part = max(1, min(rows, (_WIDE if logits.device.type == "cpu" else _GPU_WIDE) // vocabulary))
+    scratch, shares = logits.new_empty(part, vocabulary, dtype=wide), logits.new_empty(rows, 1, dtype=wide)
+    total, correct = logits.new_zeros((), dtype=wide), torch.zeros((), dtype=torch.long, device=logits.device)
+    for first in range(0, rows, part):
+        narrow = logits[first : first + part]
+        values = scratch[: len(narrow)].copy_(narrow)
+        target = targets[first : first + part].unsqueeze(1)
+        picked, top = values.gather(1, target), values.amax(1, keepdim=True)
+        values.sub_(top).exp_()
+        sums = values.sum(1, keepdim=True)
+        total += (sums.log() + top - picked).sum()
+        # A tie counts as correct: the target is as likely as any other token.
+        correct += (picked == top).sum()
+        if gradient:
+            values.scatter_add_(1, target, -sums)
+            narrow.copy_(values)
+            shares[first : first + part] = sums.reciprocal_()
+    return total, correct, shares
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
         rows, vocabulary = hidden.shape[0], weight.shape[0]
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        chunk, part = max(1, min(rows, _LOGITS // vocabulary)), max(1, _WIDE // vocabulary)
+        chunk = max(1, min(rows, (_LOGITS if hidden.device.type == "cpu" else _GPU_LOGITS) // vocabulary))
         logits = hidden.new_empty(chunk, vocabulary)
-        scratch, shares = hidden.new_empty(part, vocabulary, dtype=wide), hidden.new_empty(chunk, 1, dtype=wide)
-        total = hidden.new_zeros((), dtype=wide)
+        reduce = _compiled if native.usable(logits) else _operators
+        total = hidden.new_zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
         correct = torch.zeros((), dtype=torch.long, device=hidden.device)
         gradient = torch.empty_like(hidden) if hidden.requires_grad else None
         for start in range(0, rows, chunk):
-            size = min(chunk, rows - start)
-            some = logits[:size]
-            torch.mm(hidden[start : start + size], weight.t(), out=some)
+            here = slice(start, min(start + chunk, rows))
+            some = logits[: here.stop - start]
+            torch.mm(hidden[here], weight.t(), out=some)
             if bias is not None:
                 some += bias
-            for first in range(0, size, part):
-                narrow = some[first : first + part]
-                count = narrow.shape[0]
-                values = scratch[:count].copy_(narrow)
-                target = targets[start + first : start + first + count].unsqueeze(1)
-                picked, top = values.gather(1, target), values.amax(1, keepdim=True)
-                values.sub_(top).exp_()
-                sums = values.sum(1, keepdim=True)
-                total += (sums.log() + top - picked).sum()
-                # A tie counts as correct: the target is as likely as any other token.
-                correct += (picked == top).sum()
-                if gradient is not None:
-                    # exp - [target] * sum; the division by the sum waits until the rows are short again.
-                    values.scatter_add_(1, target, -sums)
-                    narrow.copy_(values)
-                    shares[first : first + count] = sums.reciprocal_()
+            loss, right, shares = reduce(some, targets[here], gradient is not None)
+            total += loss
+            correct += right
             if gradient is not None:
-                gradient[start : start + size] = (some @ weight) * shares[:size]
+                gradient[here] = (some @ weight) * shares
         if gradient is not None:
             ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(correct)

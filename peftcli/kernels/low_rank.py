@@ -14,27 +14,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftcli.kernels.frozen import Dense, Product
+
 
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor | None, narrow: Tensor, wide: Tensor, scaling: float
+        ctx: Any, x: Tensor, dropped: Tensor | None, product: Product, bias: Tensor | None, narrow: Tensor, wide: Tensor, scaling: float
     ) -> Tensor:
         rows = x.flatten(0, -2)
         seen = rows if dropped is None else dropped.flatten(0, -2)
         thin, thick = narrow.to(x.dtype), (wide * scaling).to(x.dtype)
         low = seen @ thin.t()
-        out = F.linear(rows, weight, bias).addmm_(low, thick.t())
-        ctx.save_for_backward(seen, weight, low, thin, thick)
+        out = product.times(rows, bias).addmm_(low, thick.t())
+        ctx.save_for_backward(seen, low, thin, thick)
+        ctx.product = product
         ctx.scaling, ctx.shape, ctx.dtypes, ctx.drops = scaling, x.shape, (narrow.dtype, wide.dtype), dropped is not None
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        seen, weight, low, thin, thick = ctx.saved_tensors
+        seen, low, thin, thick = ctx.saved_tensors
         needs, grad = ctx.needs_input_grad, grads[0].flatten(0, -2)
         for_low = grad @ thick
-        for_x = grad @ weight if needs[0] else None
+        for_x = ctx.product.back(grad) if needs[0] else None
         for_dropped = None
         if ctx.drops:
             for_dropped = (for_low @ thin).view(ctx.shape) if needs[1] else None
@@ -46,19 +49,21 @@ class _LowRankLinear(torch.autograd.Function):
 
 
 def low_rank_linear(
-    x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor | None, narrow: Tensor, wide: Tensor, scaling: float
+    x: Tensor, dropped: Tensor | None, weight: Tensor | Product, bias: Tensor | None, narrow: Tensor, wide: Tensor, scaling: float
 ) -> Tensor:
     """``F.linear(x, weight, bias) + scaling * (dropped @ narrow.T) @ wide.T``.
 
     Args:
         x: [..., in]. ``dropped``: the same after dropout; ``None`` where it is ``x`` itself.
-        weight: [out, in] and ``bias`` [out] in the dtype of ``x``; they get no gradient.
+        weight: [out, in], or how it is multiplied by where it is stored otherwise, and ``bias`` [out] in the dtype of ``x``; they get
+            no gradient.
         narrow: [rank, in] and ``wide`` [out, rank], often float32; their gradients have their dtype.
 
     Returns:
         [..., out] in the dtype of ``x``.
     """
-    out: Tensor = _LowRankLinear.apply(x, dropped, weight, bias, narrow, wide, scaling)  # type: ignore[no-untyped-call]
+    product = Dense(weight) if isinstance(weight, Tensor) else weight
+    out: Tensor = _LowRankLinear.apply(x, dropped, product, bias, narrow, wide, scaling)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -133,6 +133,12 @@ class AdaLora(LayerMethod[AdaLoraConfig]):
     def metrics(self, model: nn.Module) -> dict[str, float]:
         return {"average_rank": self.budget.average_rank(), "orthogonality": float(self.penalty.detach())}
 
+    def notes(self) -> list[str]:
+        if self.budget.kept or not self.budget.step:
+            return []
+        ranks = f"each matrix has {self.config.init_rank}, the target is {self.config.target_rank} on average"
+        return [f"adalora: the weights are those of step {self.budget.step}, before the ranks were settled: {ranks}"]
+
     def state(self) -> dict[str, Tensor]:
         return self.budget.state()
 

@@ -99,6 +99,7 @@ class Context:
         encode: token ids of a text, by the model's tokenizer, where there is one.
         fresh: modules that the base has no weights for; they are trained whole, like a classifier's head.
         from_file: an adapter's file is about to give all values, so initial ones do not matter.
+        shapes_only: with ``from_file``: there will be no values at all, but everything that a run trains has to be there.
         dense_weights: by module name, the weights [out, in] of quantized layers as they were before, on the CPU, where the
             method asked for them (:meth:`Method.needs_dense_weights`).
         batches: starts on the run's training batches, in the run's order, without end, and the same in every process; ``None``
@@ -113,6 +114,7 @@ class Context:
     encode: Callable[[str], list[int]] | None = None
     fresh: tuple[str, ...] = ()
     from_file: bool = False
+    shapes_only: bool = False
     dense_weights: Mapping[str, Tensor] = field(default_factory=dict)
     batches: Callable[[], Iterator[TrainingBatch]] | None = None
     resumed: Mapping[str, Tensor] = field(default_factory=dict)
@@ -222,6 +224,10 @@ class Method(Generic[C]):
     def metrics(self, model: nn.Module) -> dict[str, float]:
         """Named numbers of the method's own for the log."""
         return {}
+
+    def notes(self) -> list[str]:
+        """What a reader of the report must know of the weights as they are, such as that a schedule was cut short."""
+        return []
 
     def state(self) -> dict[str, Tensor]:
         """What exact resume needs beyond the trainable parameters, as tensors."""

@@ -24,6 +24,7 @@ from peftcli.methods.lora_init import set_start
 from peftcli.methods.lora_layers import LoraEmbedding, LoraLayer, LowRankLayer, ShiftedLoraLayer
 from peftcli.methods.lora_options import LoraConfig
 from peftcli.methods.lora_reading import options_from_peft
+from peftcli.methods.siblings import join_siblings
 
 
 class Lora(LayerMethod[LoraConfig]):
@@ -82,6 +83,7 @@ class Lora(LayerMethod[LoraConfig]):
         model = super().apply(model, ctx)
         self.starts = {}
         self.layers = {name: layer for name, layer in adapter_layers(model).items() if isinstance(layer, LoraLayer)}
+        join_siblings(model)
         if self.config.bias != "none":
             self._train_biases(model, ctx)
         return model

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftcli.kernels import fast
+from peftcli.kernels.frozen import product_of
 from peftcli.kernels.low_rank import low_rank_linear
 from peftcli.methods.kinds import AdapterLayer, features
 from peftcli.quantization import dense_weight, is_quantized
+
+if TYPE_CHECKING:
+    from peftcli.methods.siblings import Siblings
 
 
 def weight_of(base: nn.Module) -> Tensor:
@@ -53,6 +57,7 @@ class LoraLayer(LowRankLayer):
         self.lora_A = nn.Parameter(torch.empty(rank, width_in).uniform_(-bound, bound, generator=generator))
         self.lora_B = nn.Parameter(torch.zeros(width_out, rank))
         self.dropout = nn.Dropout(dropout) if dropout > 0.0 else nn.Identity()
+        self.siblings: Siblings | None = None
 
     def started(self) -> None:
         """Called when the initial values of the factors are set."""
@@ -62,7 +67,8 @@ class LoraLayer(LowRankLayer):
         return self.lora_A, self.lora_B
 
     def forward(self, x: Tensor) -> Tensor:
-        return beside(self.base, x, self.dropout(x), *self.factors(), self.scaling)
+        together = None if self.siblings is None else self.siblings.output(self, x)
+        return beside(self.base, x, self.dropout(x), *self.factors(), self.scaling) if together is None else together
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         narrow, wide = self.factors()
@@ -83,23 +89,12 @@ def beside(base: nn.Module, x: Tensor, dropped: Tensor, narrow: Tensor, wide: Te
     Args:
         dropped: ``x`` after dropout, or ``x`` itself. ``narrow``: [rank, in]. ``wide``: [out, rank].
     """
-    if fuses(base, x) and fast.take("low-rank update fused with its frozen layer"):
-        linear = cast(nn.Linear, base)
-        return low_rank_linear(x, None if dropped is x else dropped, linear.weight, linear.bias, narrow, wide, scaling)
+    # In float32 PEFT's order of operations is kept, with which the results agree to the last bit.
+    product = product_of(base, x)
+    if product is not None and fast.take("low-rank update fused with its frozen layer"):
+        return low_rank_linear(x, None if dropped is x else dropped, product, cast(nn.Linear, base).bias, narrow, wide, scaling)
     result: Tensor = base(x)
     return add_low_rank(result, dropped, narrow, wide, scaling)
-
-
-def fuses(base: nn.Module, x: Tensor) -> bool:
-    """Whether ``base`` is a plain, frozen linear layer in the half precision of ``x`` that nobody looks at. In float32 PEFT's order of
-    operations is kept, with which the results agree to the last bit."""
-    return (
-        type(base) is nn.Linear
-        and x.dtype == base.weight.dtype == torch.bfloat16
-        and not any(p.requires_grad for p in base.parameters())
-        and not (base._forward_hooks or base._forward_pre_hooks)
-        and not torch.is_autocast_enabled(x.device.type)
-    )
 
 
 def add_low_rank(result: Tensor, x: Tensor, narrow: Tensor, wide: Tensor, scaling: float) -> Tensor:

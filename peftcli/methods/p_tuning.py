@@ -78,13 +78,14 @@ class PTuning(PromptMethod[PTuningConfig]):
 
     def wrap(self, model: nn.Module, ctx: Context) -> Prompted:
         options, width = self.config, cast(Any, model).get_input_embeddings().weight.shape[1]
-        if ctx.from_file:
+        if ctx.from_file and not ctx.shapes_only:
             return PromptedInputs(model, torch.zeros(options.num_virtual_tokens, width))
         encoder = PromptEncoder(
             options.num_virtual_tokens, width, options.encoder, options.hidden_size or width, options.num_layers, options.dropout
         )
-        initialised(encoder, ctx, "encoder")
-        encoder.start_at(from_vocabulary(model, options.num_virtual_tokens, ctx.generator(VALUES)))
+        if not ctx.shapes_only:
+            initialised(encoder, ctx, "encoder")
+            encoder.start_at(from_vocabulary(model, options.num_virtual_tokens, ctx.generator(VALUES)))
         return PromptedInputs(model, None, encoder)
 
     def peft_config(self, model: nn.Module) -> dict[str, Any]:

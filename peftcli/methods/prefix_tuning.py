@@ -91,15 +91,16 @@ class PrefixTuning(PromptMethod[PrefixTuningConfig]):
     def wrap(self, model: nn.Module, ctx: Context) -> Prompted:
         options, (layers, heads, width) = self.config, _shape(model)
         count, kind = options.num_virtual_tokens, PromptedDecoder if encodes(model) else PromptedLayers
-        if ctx.from_file:
+        if ctx.from_file and not (ctx.shapes_only and options.projection):
             return kind(model, torch.zeros(count, 2 * layers * width), None, layers, heads)
         generator = ctx.generator(VALUES)
-        known = _of_vocabulary(model, count, generator) if options.init == "vocabulary" else None
+        known = _of_vocabulary(model, count, generator) if options.init == "vocabulary" and not ctx.shapes_only else None
         if not options.projection:
             values = torch.empty(count, 2 * layers * width).normal_(0.0, options.init_std, generator=generator) if known is None else known
             return kind(model, values, None, layers, heads)
         encoder = PrefixEncoder(count, width, options.hidden_size or width, layers)
-        initialised(encoder, ctx, "encoder")
+        if not ctx.shapes_only:
+            initialised(encoder, ctx, "encoder")
         if known is not None:
             with torch.no_grad():
                 hidden = encoder.transform[:-1](encoder.embedding.weight)

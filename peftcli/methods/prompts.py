@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcli.errors import CheckpointError, UsageError
-from peftcli.kernels.attention import Documents, Prefix
+from peftcli.kernels.attention import Documents, PackingUnsupportedError, Prefix
 from peftcli.methods.base import C, Caps, Context, Method
 from peftcli.methods.kinds import Wrapper, freeze, new_modules, train_whole
 from peftcli.methods.targets import classification_heads
@@ -175,6 +175,8 @@ class PromptedInputs(Prompted):
         keep: int | Tensor,
         kwargs: dict[str, Any],
     ) -> Any:
+        if documents.shared:
+            raise PackingUnsupportedError("virtual tokens stand in front of each row, not of a beginning that rows share")
         own = cast(Tensor, self.base.get_input_embeddings()(input_ids))  # type: ignore[operator]
         virtual = self.virtual().to(own.dtype)
         count, rows, device = virtual.shape[0], len(documents.lengths), own.device

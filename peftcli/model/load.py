@@ -16,6 +16,7 @@ from peftcli import quantization
 from peftcli.errors import ModelError
 from peftcli.kernels import attention
 from peftcli.methods.targets import output_layers, replace
+from peftcli.model.fused import fuse
 from peftcli.model.heads import poolers, start_afresh, unfilled
 from peftcli.model.source import Source, resolve
 from peftcli.recipe.schema import BaseModelSection
@@ -126,6 +127,16 @@ def load_tokenizer(source: Source, revision: str | None = None, *, trust_remote_
     return tokenizer
 
 
+def pad_apart(tokenizer: Any) -> None:
+    """Where the EOS token pads too, take another special token for it: a decoder that judges texts looks for the last token that is no
+    padding, and would never read an EOS. A tokenizer that has no other one, as GPT-2's, keeps it."""
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        named = (tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids)
+        other = next((token for token in named if token not in (None, tokenizer.eos_token_id)), None)
+        if other is not None:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(other)
+
+
 def open_base(
     section: BaseModelSection,
     *,
@@ -205,6 +216,7 @@ def load_base(
     _make_room(model, opened.tokenizer)
     if head is not None:
         # Decoders judge a text by its last token, which they find by the padding.
+        pad_apart(opened.tokenizer)
         model.config.pad_token_id = opened.tokenizer.pad_token_id
     dense: dict[str, torch.Tensor] = {}
     if section.quantization is not None:
@@ -214,6 +226,7 @@ def load_base(
         quantize(model, section.quantization, double=section.double_quantization, compute_dtype=dtype, device=device, keep=fresh)
     model.to(device)
     model.eval()
+    fuse(model)
     # Frozen until a method says otherwise.
     model.requires_grad_(False)
     return Base(

@@ -8,8 +8,8 @@ from typing import Any
 
 from peftcli.errors import Fault, nearest
 from peftcli.recipe.nodes import Node, Path, dotted, show
-from peftcli.recipe.redact import HIDDEN, is_secret, is_secret_key, redact
 from peftcli.recipe.words import Lookup
+from peftcli.redact import HIDDEN, is_secret, is_secret_key, redact
 
 # Names from other tools whose spelling is far from ours.
 _OTHER_NAMES = {

@@ -49,8 +49,10 @@ def _unmeasured(root: Node, key: str, task: type[TaskSection] | None, has_rows: 
         asked = [item.value for item in listed.value] if listed is not None and isinstance(listed.value, list) else ["exact_match"]
         if not any(isinstance(metric, str) and f"{name}_".startswith(f"{metric}_") for metric in asked):
             return "is not measured", f"together with {name.partition('_')[0] if name.startswith('rouge') else name} in eval.metrics"
-    elif task is not None and task.figures and name in FIGURES and name not in ("loss", *task.figures):
-        return "is no figure of this task", ", ".join(("loss", *task.figures))
+    elif task is not None:
+        own = ("loss", *task.figures_of.get(str(_value(root, "task.problem")), task.figures))
+        if name in FIGURES and name not in own:
+            return "is no figure of this task", ", ".join(own)
     return None
 
 

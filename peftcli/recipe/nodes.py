@@ -15,7 +15,7 @@ import yaml
 from yaml.error import Mark
 
 from peftcli.errors import Fault
-from peftcli.recipe.redact import redact
+from peftcli.redact import redact
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32

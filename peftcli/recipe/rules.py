@@ -45,9 +45,11 @@ def check(collector: Collector, task: type[TaskSection] | None) -> None:
     if value("eval.generate") is True and not has_rows:
         fault("eval.generate", "needs held-out rows", f"together with {rows}")
     measures = find(root, "eval.metrics")
-    asked = [item.value for item in measures.value] if measures is not None and isinstance(measures.value, list) else []
-    if set(asked) - {"exact_match"} and value("eval.generate") is not True:
+    listed = measures.value if measures is not None and isinstance(measures.value, list) else []
+    if {item.value for item in listed if isinstance(item.value, str)} - {"exact_match"} and value("eval.generate") is not True:
         fault("eval.metrics", "measures generated answers", "together with eval.generate: true")
+    if value("train.frozen_products") is not None and value("base_model.quantization") is not None:
+        fault("train.frozen_products", "is for dense weights; these are quantized", "null, or without base_model.quantization")
     gate_rules.check(collector, task, has_rows=has_rows)
     if task is not None:
         _fits_task(root, task, value, fault)
@@ -62,6 +64,8 @@ def _fits_task(root: Node, task: type[TaskSection], value: Callable[[str], Any],
             fault(key, f"does not fit task {name}", allowed)
     if value("eval.generate") is True and not task.generates:
         fault("eval.generate", f"task {name} writes no answers", "false")
+    if value("dataset.streaming") is True and not task.streams:
+        fault("dataset.streaming", f"does not fit task {name}, whose rows are kept in memory", "false or null")
     if value("train.head_learning_rate") is not None and not task.fresh_head:
         fault("train.head_learning_rate", f"task {name} has no fresh output layer", "null")
 
@@ -84,6 +88,8 @@ def _exclusive(root: Node, value: Callable[[str], Any], fault: Callable[[str, st
         fault("train.batch_size", "must not be null without train.batch_tokens", "a number for one of the two")
     if value("train.warmup_steps") is not None and value("train.warmup_ratio") not in (None, 0, 0.0):
         fault("train.warmup_steps", "excludes train.warmup_ratio", "one of the two; leave the other out")
+    if value("train.memory_budget") is not None and value("train.gradient_checkpointing") is True:
+        fault("train.memory_budget", "excludes train.gradient_checkpointing: true", "one of the two; the budget decides what is recomputed")
     held_out = find(root, "dataset.eval")
     if held_out is not None and held_out.value is not None and value("dataset.eval_fraction") not in (None, 0, 0.0):
         fault("dataset.eval_fraction", "excludes dataset.eval", "one of the two; set the other to null or leave it out")

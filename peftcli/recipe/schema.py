@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
 from peftcli.methods.base import MethodConfig
+from peftcli.recipe.sizes import SIZE
 from peftcli.recipe.tasks import CausalLMTask, TaskSection
 from peftcli.report.gates import COMPARISON
 
@@ -41,6 +42,7 @@ Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "a
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Comparison = Annotated[str, Field(pattern=COMPARISON, examples=["<= 1.20", ">= 0.8"])]
+MemorySize = Annotated[str, Field(pattern=SIZE, examples=["24GB", "512MiB"])]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -152,8 +154,9 @@ class DatasetSection(Section):
     )
     streaming: bool | None = Field(
         None,
-        description="Read training rows as a stream and keep their tokens in a cache on disk that is keyed by content, so memory stays "
-        "flat; a hub dataset is not downloaded as a whole first. `null`: from 64 MB of data on.",
+        description="Read training rows as a stream and keep their tokens in a cache on disk that is keyed by content: memory holds a few "
+        "bytes for each row, whatever its length, and a hub dataset is not downloaded as a whole first. `null`: from 64 MB of data on. "
+        "For task `causal_lm`; the rows of others are kept in memory.",
     )
     num_proc: PositiveInt | None = Field(None, description="Processes that tokenize a stream. `null`: one for each core, at most 8.")
     limit: PositiveInt | None = Field(None, description="Use only the first N training rows.")
@@ -203,7 +206,15 @@ class TrainSection(Section):
     eval_steps: PositiveInt | None = Field(None, description="Evaluate the held-out rows every N steps (always at the end).")
     save_steps: PositiveInt | None = Field(None, description="Write a checkpoint every N steps (`null`: only the result).")
     save_total_limit: PositiveInt = Field(2, description="Keep this many of the newest checkpoints (the best one is kept beside them).")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory, more time.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute the activations of every layer in the backward pass: least memory, most time."
+    )
+    memory_budget: MemorySize | None = Field(
+        None,
+        description="Stay within this much memory: of the process on a CPU, of torch's tensors on a GPU. As few layers as possible are "
+        "recomputed in the backward pass, and on a GPU, where that is not enough, their inputs wait in the host's memory; `peftcli check` "
+        "shows the plan. No result changes by a bit. `null`: nothing is recomputed.",
+    )
     load_best_model_at_end: bool = Field(False, description="End with the weights of the lowest held-out loss; needs `eval_steps`.")
     early_stopping_patience: PositiveInt | None = Field(
         None, description="Stop after this many evaluations without improvement; needs `eval_steps`."
@@ -212,6 +223,12 @@ class TrainSection(Section):
     deterministic: bool = Field(True, description="Use deterministic kernels only; refuse options that have none.")
     fast_paths: bool = Field(
         True, description="Take faster computations of the same results where there are any; the report names those that were taken."
+    )
+    frozen_products: Literal["fp8", "int8"] | None = Field(
+        None,
+        description="Multiply by the frozen linear layers in 8 bits while training, forward and backward: faster, with rounding errors of "
+        "about a hundredth in each product. `fp8` for GPUs of compute capability 8.9 on, at two more bytes for each frozen weight; `int8` "
+        "for CPUs with VNNI or AMX, at one more byte. Adapters, output layer, norms and evaluation stay as they are.",
     )
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "trackio"]] = Field(
         [], description="Experiment trackers, through Accelerate."
@@ -229,16 +246,20 @@ class TrainSection(Section):
 
 
 class EvalSection(Section):
-    """What is measured on the held-out rows, before and after training."""
+    """What is measured on the held-out rows, before, during (`train.eval_steps`) and after training."""
 
-    generate: bool = Field(False, description="Also let the model write its answers and measure them (`metrics`).")
+    generate: bool = Field(
+        False,
+        description="Also let the model write its answers, each time, and measure them (`metrics`). Held-out rows that ask the same are "
+        "answered once, and measured against all their answers.",
+    )
     metrics: Annotated[list[AnswerMetric], Field(min_length=1)] = Field(
         ["exact_match"],
         description="How generated answers are measured: `exact_match`; `numeric_match` (the number that both end up with, as for GSM8K); "
         "`rouge` (ROUGE-1, -2 and -L); `bleu` and `chrf` (sacreBLEU).",
     )
     max_new_tokens: PositiveInt = Field(128, description="Longest generated answer in tokens.")
-    generate_limit: PositiveInt | None = Field(None, description="Generate for only the first N held-out rows.")
+    generate_limit: PositiveInt | None = Field(None, description="Generate for only the first N requests of the held-out rows.")
     batch_size: PositiveInt = Field(16, description="Rows evaluated at once. Has no influence on the results.")
     examples: Annotated[int, Field(ge=0, le=100)] = Field(3, description="Example answers shown in the report.")
     before: bool = Field(True, description="Measure the base model as well, before training.")

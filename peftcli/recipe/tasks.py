@@ -5,6 +5,7 @@ What a task computes lives in ``peftcli.tasks``, under the same name.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -18,7 +19,9 @@ class TaskSection(BaseModel):
         summary: one sentence for the recipe reference.
         generates: an answer may be generated for its rows.
         fresh_head: it puts an output layer of its own on the base.
-        figures: what its evaluation tells beside the loss and the metrics of generated answers; empty: not known before.
+        streams: its training rows may lie on disk, whatever their number.
+        figures: what its evaluation may tell beside the loss and the metrics of generated answers.
+        figures_of: those of one ``problem``, where the task has several kinds.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, protected_namespaces=())
@@ -27,7 +30,9 @@ class TaskSection(BaseModel):
     summary: ClassVar[str]
     generates: ClassVar[bool] = False
     fresh_head: ClassVar[bool] = False
-    figures: ClassVar[tuple[str, ...]] = ()
+    streams: ClassVar[bool] = False
+    figures: ClassVar[tuple[str, ...]]
+    figures_of: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     name: str = Field(description="Name of the task.")
 
@@ -38,6 +43,7 @@ class CausalLMTask(TaskSection):
     formats = ("messages", "sharegpt", "prompt_completion", "alpaca", "text")
     summary = "A language model learns to continue text: chats, completions, documents."
     generates = True
+    streams = True
     figures = ("perplexity", "token_accuracy")
 
     name: Literal["causal_lm"] = Field("causal_lm", description="`causal_lm`")
@@ -50,6 +56,11 @@ class SequenceClassificationTask(TaskSection):
     summary = "A fresh output layer learns to label a text or a pair of texts: one class, several labels, or a number."
     fresh_head = True
     figures = ("accuracy", "f1", "f1_micro", "matthews", "pearson", "spearman", "mean_absolute_error")
+    figures_of: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "single_label": ("accuracy", "f1", "matthews"),
+        "multi_label": ("accuracy", "f1_micro", "f1"),
+        "regression": ("pearson", "spearman", "mean_absolute_error"),
+    }
 
     name: Literal["sequence_classification"] = Field("sequence_classification", description="`sequence_classification`")
     problem: Literal["single_label", "multi_label", "regression"] | None = Field(
@@ -75,6 +86,7 @@ class TokenClassificationTask(TaskSection):
     formats = ("tagging",)
     summary = "A fresh output layer learns to tag the words of a text: named entities (IOB, IOB2, BIOES), parts of speech."
     fresh_head = True
+    figures = ("entity_f1", "entity_precision", "entity_recall", "f1", "token_accuracy")
 
     name: Literal["token_classification"] = Field("token_classification", description="`token_classification`")
     labels: Annotated[list[str], Field(min_length=1)] | None = Field(
@@ -103,9 +115,14 @@ class Seq2SeqTask(TaskSection):
     )
 
 
+_REWARDS: tuple[str, ...] = ("reward_accuracy", "reward_margin", "chosen_reward", "rejected_reward")
+_ANSWERS: tuple[str, ...] = (*_REWARDS, "chosen_log_prob", "rejected_log_prob")
+
+
 class PreferenceTask(TaskSection):
     """Of two answers to one prompt, the better one is to be preferred."""
 
+    figures = _ANSWERS
     formats = ("preference", "preference_sharegpt", "preference_alpaca", "preference_implicit")
 
 
@@ -171,6 +188,7 @@ class KTOTask(TaskSection):
     """Kahneman-Tversky optimization (Ethayarajh et al., 2024, https://arxiv.org/abs/2402.01306)."""
 
     formats = ("kto", "kto_messages")
+    figures = (*_ANSWERS, "kl")
     summary = (
         "Single answers, each wanted or not, become more or less likely than under the base model without an adapter, as far as they are "
         "not so in general (Ethayarajh et al., 2024). How far the model has moved in general is estimated from prompts with answers to "
@@ -190,9 +208,11 @@ class RewardTask(PreferenceTask):
 
     summary = (
         "A fresh output layer learns to give an answer a number that is higher the better it is, from pairs (Bradley-Terry). A `margin` "
-        "column says by how much (Touvron et al., 2023). It reads the answer's last token that is not padding."
+        "column says by how much (Touvron et al., 2023). It reads the answer's last token that is not padding; where EOS is the padding "
+        "token, the run's tokenizer pads with another special token, so that EOS is read."
     )
     fresh_head = True
+    figures = _REWARDS
 
     name: Literal["reward"] = Field("reward", description="`reward`")
     center_rewards_coefficient: Positive | None = Field(

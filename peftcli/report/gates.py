@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from peftcli.errors import GateFailed, nearest
-from peftcli.report.catalogue import FIGURES
+from peftcli.errors import GateFailed, UsageError, nearest
+from peftcli.report.catalogue import FIGURES, GENERATED
 from peftcli.report.markup import visible
 from peftcli.report.schema import EvalInfo, Gate, LiveAdapterCheck, ModelInfo, Part, Report, SplitInfo, TrainInfo
 from peftcli.report.text import number, plural
@@ -59,6 +59,23 @@ def nearest_key(key: str) -> str | None:
     """The key that is meant by ``key``: one spelled alike, or the one of the held-out rows that ends like it."""
     names = known()
     return nearest(key, names) or next((other for other in names if other.rpartition(".")[2] == key.rpartition(".")[2]), None)
+
+
+def refuse_unmeasured(expect: Mapping[str, str], figures: Sequence[str]) -> None:
+    """See, once the rows are known and before anything is trained, that every figure of held-out rows that a gate names is measured.
+
+    Args:
+        figures: what the task tells of these rows, beside the loss and the metrics of generated answers.
+
+    Raises:
+        UsageError: one is not.
+    """
+    own = ("loss", *figures)
+    for key in expect:
+        part, _, rest = key.partition(".")
+        name = rest.partition(".")[0]
+        if part in ("eval", "eval_before", "comparisons") and name in FIGURES and name not in (*own, *GENERATED):
+            raise UsageError(f"expect.{key} is not measured of rows like these", hint=f"what is: {', '.join(own)}")
 
 
 def judge(expect: Mapping[str, str], report: Report) -> list[Gate]:

@@ -253,10 +253,12 @@ def describe_step(record: dict[str, Any]) -> list[str]:
 def describe_evaluation(record: dict[str, Any]) -> str:
     """An evaluation in one line."""
     parts = [f"step {record['step']}  held-out"]
+    intervals = record.get("eval_intervals", {})
     for name, value in record.items():
-        if name.startswith("eval_") and value is not None:
+        if name.startswith("eval_") and name != "eval_intervals" and value is not None:
             plain = name.removeprefix("eval_")
-            parts.append(f"{plain.replace('_', ' ')} {metric(plain, float(value))}")
+            between = f" ({metric(plain, intervals[plain][0])} to {metric(plain, intervals[plain][1])})" if plain in intervals else ""
+            parts.append(f"{plain.replace('_', ' ')} {metric(plain, float(value))}{between}")
     return "  ".join(parts)
 
 

@@ -150,6 +150,9 @@ class TrainInfo(Part):
     peak_memory_kind: Literal["resident", "allocated"] = Field(
         description="`resident`: the process's resident set; `allocated`: torch's GPU memory."
     )
+    peak_memory_phase: str | None = Field(None, description="When it was reached, such as `training` or `loading`.")
+    predicted_memory_bytes: Count | None = Field(None, description="What was predicted of it, where `train.memory_budget` is set.")
+    memory_plan: str | None = Field(None, description="What was recomputed for it, such as `24 of 30 layers saved, 6 recomputed`.")
     world_size: Annotated[int, Field(ge=1)] = 1
     batch_order: str = Field(description="How rows were ordered, such as `shuffled, seed 42`.")
     optimizer: str

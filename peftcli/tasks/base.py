@@ -35,11 +35,13 @@ class Layout:
         packed: end to end in one row, without padding; else padded on the right.
         pad_id: the token of the padding.
         device: where the tensors go.
+        share: packed rows that begin alike hold that beginning once.
     """
 
     packed: bool
     pad_id: int
     device: torch.device | str = "cpu"
+    share: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,11 @@ class Task(ABC, Generic[S]):
         """The section with what the training rows told, as the run's folder keeps it; also taken as the task's own."""
         return self.section
 
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """What :meth:`scores` tells of rows like the training rows, which have settled the section."""
+        return self.section.figures
+
     def head(self) -> Head | None:
         """The output layer to put on the base, once the rows are known; ``None``: the base's own."""
         return None
@@ -119,6 +126,10 @@ class Task(ABC, Generic[S]):
 
     def packs(self, model: nn.Module, vocabulary: int, longest: int) -> bool:
         """Whether rows of at most ``longest`` tokens may lie end to end without seeing each other, found by trying."""
+        return False
+
+    def shares(self, model: nn.Module, vocabulary: int) -> bool:
+        """Whether packed rows that begin alike may hold that beginning once in training, found by trying."""
         return False
 
     @abstractmethod

@@ -52,16 +52,20 @@ class CausalLM(TaskModule):
         total, correct = sum_cross_entropy(self.logits(batch), batch.targets)
         return Loss(total, correct, {})
 
-    def _frozen_head(self) -> nn.Linear | None:
-        """The output layer, where it is a plain one that gets no gradient and that nobody looks at."""
+    def _open_head(self) -> nn.Module | None:
+        """The output layer, where its input can be caught: nobody looks at it, and the model returns what it computes."""
         find = getattr(self.model, "get_output_embeddings", None)
-        head = find() if find is not None and self._untouched and fast.on() and torch.is_grad_enabled() else None
+        head: nn.Module | None = find() if find is not None and self._untouched else None
+        return None if head is None or head._forward_hooks or head._forward_pre_hooks else head
+
+    def _frozen_head(self) -> nn.Linear | None:
+        """The output layer, where it is a plain one that gets no gradient."""
+        head = self._open_head() if fast.on() and torch.is_grad_enabled() else None
         if type(head) is not nn.Linear or any(p.requires_grad for p in head.parameters()):
             return None
-        looked_at = head._forward_hooks or head._forward_pre_hooks or torch.is_autocast_enabled(head.weight.device.type)
-        return None if looked_at else head
+        return None if torch.is_autocast_enabled(head.weight.device.type) else head
 
-    def _hidden(self, batch: Batch, head: nn.Linear) -> Tensor | None:
+    def _hidden(self, batch: Batch, head: nn.Module) -> Tensor | None:
         """[supervised, width] what goes into the output layer at ``batch.positions``; ``None`` where its output is not yet the logits
         (softcapping, a scale)."""
         caught: list[Tensor] = []
@@ -114,16 +118,23 @@ class CausalLM(TaskModule):
         return {"loss": loss, "units": units, "correct": correct}
 
     def token_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """[supervised] cross-entropy in float32 and whether the target was a most likely token, a slice at a time."""
-        logits = self.logits(batch)
+        """[supervised] cross-entropy in float32 and whether the target was a most likely token, a slice at a time. Without gradient
+        the output layer too is run slice by slice, so that the logits of all positions never exist together."""
+        head, rows = None, None
+        if not torch.is_grad_enabled():
+            head = self._open_head()
+            rows = None if head is None else self._hidden(batch, head)
+        if rows is None:
+            head, rows = None, self.logits(batch)
         losses, hits = [], []
-        for start in range(0, logits.shape[0], _SLICE):
-            rows, target = logits[start : start + _SLICE], batch.targets[start : start + _SLICE]
-            wide = rows if rows.dtype == torch.float64 else rows.float()
+        for start in range(0, rows.shape[0], _SLICE):
+            some, target = rows[start : start + _SLICE], batch.targets[start : start + _SLICE]
+            some = some if head is None else head(some)
+            wide = some if some.dtype == torch.float64 else some.float()
             losses.append(F.cross_entropy(wide, target, reduction="none"))
             hits.append(wide.gather(1, target[:, None]).squeeze(1) == wide.amax(1))
         if not losses:
-            return logits.new_zeros(0), batch.targets.bool()
+            return rows.new_zeros(0), batch.targets.bool()
         return torch.cat(losses), torch.cat(hits)
 
 
@@ -151,7 +162,11 @@ class CausalLMTask(Task[options.CausalLMTask]):
             pad_id=layout.pad_id,
             device=layout.device,
             silent=silent,
+            share=layout.share,
         )
+
+    def shares(self, model: nn.Module, vocabulary: int) -> bool:
+        return supports_sharing(model, vocabulary)
 
     def masks(self, batch: Batch) -> tuple[Tensor, Tensor]:
         supervised = torch.zeros(batch.input_ids.numel(), dtype=torch.bool, device=batch.input_ids.device)
@@ -225,3 +240,23 @@ def supports_packing(model: Any, vocabulary: int, longest: int | None = None) ->
     scale = float(alone.abs().max()) + 1e-6
     close = float((answers[0].float() - alone.float()).abs().max()) <= 0.05 * scale
     return bool(torch.equal(answers[0], answers[1])) and close
+
+
+def supports_sharing(model: Any, vocabulary: int) -> bool:
+    """Whether packed rows may hold a beginning that they share once in training on the CPU, found by trying: the logits must stay the
+    same, and no random number may be drawn, since dropout would treat the beginning the same way in every row."""
+    task = CausalLM(model)
+    training = model.training
+    rows = [np.asarray([7, 1, 6, 2, *own], dtype=np.int32) % vocabulary for own in ([5, 3, 4], [2, 8])]
+    masks = [np.arange(len(row)) >= 4 for row in rows]
+    model.train()
+    try:
+        with torch.no_grad(), torch.random.fork_rng([]):
+            before = torch.get_rng_state()
+            apart, shared = (task.logits(collate(rows, masks, packed=True, share=share)) for share in (False, True))
+            draws = not torch.equal(before, torch.get_rng_state())
+    except (TypeError, ValueError, RuntimeError, NotImplementedError, PackingUnsupportedError):
+        return False
+    finally:
+        model.train(training)
+    return not draws and float((apart.float() - shared.float()).abs().max()) <= 0.05 * (float(apart.abs().max()) + 1e-6)

@@ -14,6 +14,7 @@ from peftcli.data.audit import runs
 from peftcli.data.batching import Batch, collate
 from peftcli.data.preference_rows import JudgedRows, TwoSplit
 from peftcli.data.splits import Split
+from peftcli.kernels.transfer import ahead
 from peftcli.methods.base import Loss
 from peftcli.recipe import tasks as options
 from peftcli.recipe.schema import DatasetSection
@@ -104,7 +105,7 @@ class KTOTask(AnswerTask[options.KTOTask]):
             )
             for answers in zip(*(split.rows[row] for row in rows), strict=True)
         )
-        desirable = torch.from_numpy(split.labels[list(rows)] > 0).to(layout.device)
+        desirable = ahead(torch.from_numpy(split.labels[list(rows)] > 0), layout.device)
         return JudgedBatch(own, others, desirable, self.reference(split, rows, layout), silent)
 
     def masks(self, batch: JudgedBatch) -> tuple[Tensor, Tensor]:
@@ -136,8 +137,10 @@ class KTOTask(AnswerTask[options.KTOTask]):
 
     def show(self, split: Split, row: int, tokenizer: Any) -> list[tuple[str, bool]]:
         assert isinstance(split, TwoSplit)
-        wanted = bool(split.labels[row])
-        return [*runs(split.rows[row][0], tokenizer), ("\n(wanted)" if wanted else "\n(not wanted)", False)]
+        own, other = (runs(answer, tokenizer) for answer in split.rows[row])
+        wanted = "wanted" if split.labels[row] else "not wanted"
+        between = f"\n({wanted}) The model also sees, without learning it, another answer to measure how far it has moved:\n"
+        return [*own, (between, False), *((text, False) for text, _ in other)]
 
 
 def pairs_right(rewards: Floats, wanted: np.typing.NDArray[np.bool_]) -> float:

@@ -18,6 +18,7 @@ from peftcli.data.audit import runs
 from peftcli.data.batching import Batch, collate
 from peftcli.data.preference_rows import PreferenceRows, TwoSplit
 from peftcli.data.splits import Split
+from peftcli.kernels.transfer import ahead
 from peftcli.methods.base import Loss
 from peftcli.recipe.schema import DatasetSection
 from peftcli.recipe.tasks import PreferenceTask, TaskSection
@@ -179,7 +180,7 @@ class AnswerTask(Task[S]):
             values = torch.from_numpy(split.reference[list(rows)])
         else:
             values = torch.full((len(rows), 2), float("nan") if self.has_reference else 0.0, dtype=torch.float64)
-        return values.to(layout.device)
+        return ahead(values, layout.device)
 
     def packs(self, model: nn.Module, vocabulary: int, longest: int) -> bool:
         return supports_packing(model, vocabulary, longest)
@@ -207,7 +208,7 @@ class PairTask(AnswerTask[P]):
         learned = [np.ones_like(mask) if split.prompts and not place % 2 else mask for place, mask in enumerate(own)]
         inner = collate([answer.input_ids for answer in both], learned, packed=layout.packed, pad_id=layout.pad_id, device=layout.device)
         answers = np.concatenate([mask[1:][every[1:]] for mask, every in zip(own, learned, strict=True)])
-        return PairBatch(inner, torch.from_numpy(answers).double().to(layout.device), self.reference(split, rows, layout), silent)
+        return PairBatch(inner, ahead(torch.from_numpy(answers).double(), layout.device), self.reference(split, rows, layout), silent)
 
     def masks(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         return row_masks(batch.rows)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peftcli.data.batching import pad
 from peftcli.data.preference_rows import PreferenceRows, TwoSplit
 from peftcli.data.splits import Split
+from peftcli.kernels.transfer import ahead
 from peftcli.methods.base import Loss
 from peftcli.recipe import tasks as options
 from peftcli.recipe.schema import DatasetSection
@@ -77,7 +78,7 @@ class RewardTask(Task[options.RewardTask]):
         assert isinstance(split, TwoSplit)
         ids, mask = pad([answer.input_ids for row in rows for answer in split.rows[row]], layout.pad_id)
         margins = torch.from_numpy(split.labels[list(rows)])
-        return RewardBatch(ids.to(layout.device), mask.to(layout.device), margins.to(layout.device), silent)
+        return RewardBatch(ahead(ids, layout.device), ahead(mask, layout.device), ahead(margins, layout.device), silent)
 
     def masks(self, batch: RewardBatch) -> tuple[Tensor, Tensor]:
         return batch.attention_mask.bool(), batch.attention_mask.bool()

@@ -14,6 +14,7 @@ from peftcli.data.batching import pad
 from peftcli.data.seq2seq_rows import Seq2SeqRows, pair_text
 from peftcli.data.splits import PairSplit, Split
 from peftcli.kernels.cross_entropy import sum_cross_entropy
+from peftcli.kernels.transfer import ahead
 from peftcli.methods.base import Loss
 from peftcli.recipe import tasks as options
 from peftcli.recipe.schema import DatasetSection
@@ -92,7 +93,7 @@ class Seq2Seq(Task[options.Seq2SeqTask]):
         ids, mask = pad([split.input_ids[row] for row in rows], layout.pad_id)
         labels, learned = pad([split.target_ids[row] for row in rows], _IGNORED)
         positions = torch.zeros(0, dtype=torch.long) if silent else learned.flatten().nonzero().flatten()
-        return PairBatch(*(tensor.to(layout.device) for tensor in (ids, mask, labels, positions)))
+        return PairBatch(*(ahead(tensor, layout.device) for tensor in (ids, mask, labels, positions)))
 
     def masks(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         return batch.attention_mask.bool(), batch.attention_mask.bool()

@@ -16,6 +16,7 @@ from peftcli.data.batching import pad
 from peftcli.data.kinds import RowKind
 from peftcli.data.labelled_rows import LabelledRows
 from peftcli.data.splits import LabelledSplit, Split
+from peftcli.kernels.transfer import ahead
 from peftcli.methods.base import Loss
 from peftcli.recipe import tasks as options
 from peftcli.recipe.schema import DatasetSection
@@ -107,6 +108,11 @@ class SequenceClassification(Task[options.SequenceClassificationTask]):
         self.section = self.section.model_copy(update={"problem": rows.problem, "labels": labels})
         return self.section
 
+    @property
+    def figures(self) -> tuple[str, ...]:
+        assert self.section.problem is not None, "the rows settle it"
+        return self.section.figures_of[self.section.problem]
+
     def head(self) -> Head:
         problem, labels = self.section.problem, self.section.labels
         assert problem is not None, "the rows settle it"
@@ -119,11 +125,11 @@ class SequenceClassification(Task[options.SequenceClassificationTask]):
     def batch(self, split: Split, rows: Sequence[int], layout: Layout, *, silent: bool = False) -> LabelledBatch:
         assert isinstance(split, LabelledSplit)
         ids, mask = pad([split.input_ids[row] for row in rows], layout.pad_id)
-        segments = None if split.segments is None else pad([split.segments[row] for row in rows], 0)[0].to(layout.device)
+        segments = None if split.segments is None else ahead(pad([split.segments[row] for row in rows], 0)[0], layout.device)
         targets = torch.from_numpy(split.targets[list(rows)])
         single = self.section.problem == "single_label"
         targets = targets[:, 0].long() if single else targets.float()
-        return LabelledBatch(ids.to(layout.device), mask.to(layout.device), segments, targets.to(layout.device), silent)
+        return LabelledBatch(ahead(ids, layout.device), ahead(mask, layout.device), segments, ahead(targets, layout.device), silent)
 
     def masks(self, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
         return batch.attention_mask.bool(), batch.attention_mask.bool()

@@ -16,6 +16,7 @@ from peftcli.data.batching import pad
 from peftcli.data.kinds import RowKind
 from peftcli.data.splits import Split, TaggedSplit
 from peftcli.data.tagged_rows import NONE, TaggedRows
+from peftcli.kernels.transfer import ahead
 from peftcli.methods.base import Loss
 from peftcli.recipe import tasks as options
 from peftcli.recipe.schema import DatasetSection
@@ -125,6 +126,11 @@ class TokenClassification(Task[options.TokenClassificationTask]):
         assert self.section.labels is not None, "the rows settle it"
         return tuple(self.section.labels)
 
+    @property
+    def figures(self) -> tuple[str, ...]:
+        without = "f1" if spans_entities(self._labels) else "entity_"
+        return tuple(name for name in self.section.figures if not name.startswith(without))
+
     def head(self) -> Head:
         return Head(self._labels, "single_label_classification")
 
@@ -134,11 +140,11 @@ class TokenClassification(Task[options.TokenClassificationTask]):
     def batch(self, split: Split, rows: Sequence[int], layout: Layout, *, silent: bool = False) -> TaggedBatch:
         assert isinstance(split, TaggedSplit)
         ids, mask = pad([split.input_ids[row] for row in rows], layout.pad_id)
-        segments = None if split.segments is None else pad([split.segments[row] for row in rows], 0)[0].to(layout.device)
+        segments = None if split.segments is None else ahead(pad([split.segments[row] for row in rows], 0)[0], layout.device)
         targets = pad([split.targets[row] for row in rows], NONE)[0]
         places = [torch.from_numpy(split.places[row]).long() for row in rows]
         tags = [split.tags(row).tolist() for row in rows]
-        return TaggedBatch(ids.to(layout.device), mask.to(layout.device), segments, targets.to(layout.device), places, tags, silent)
+        return TaggedBatch(ahead(ids, layout.device), ahead(mask, layout.device), segments, ahead(targets, layout.device), places, tags, silent)
 
     def masks(self, batch: TaggedBatch) -> tuple[Tensor, Tensor]:
         return batch.attention_mask.bool(), batch.targets != NONE

@@ -207,13 +207,22 @@ def commit(
             shutil.rmtree(final)
         os.replace(aside, final)
         sync(folder)
-    _rotate(folder, keep, protect)
+    # Later ones were passed over as damaged when the run was resumed: they must not count as the newest.
+    for later in (step for step in _steps(folder) if step > progress.step):
+        shutil.rmtree(folder / f"step-{later}", ignore_errors=True)
+    tidy(folder, progress.step, keep, protect)
     return final
 
 
-def _rotate(folder: Path, keep: int, protect: int | None) -> None:
-    steps = sorted(_steps(folder))
-    for step in steps[:-keep]:
+def tidy(folder: Path, now: int, keep: int, protect: int | None) -> None:
+    """Remove what a run that stands at step ``now`` does not need: older checkpoints, and what an earlier process left half done.
+
+    Args:
+        keep: how many of the newest stay. ``protect``: a step whose checkpoint stays as well.
+    """
+    for left in folder.glob(".step-*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
+    for step in sorted(step for step in _steps(folder) if step <= now)[:-keep]:
         if step != protect:
             shutil.rmtree(folder / f"step-{step}", ignore_errors=True)
 

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,10 @@ from peftcli.report.metrics import MetricsWriter
 from peftcli.report.progress import Progress as Display
 from peftcli.tasks.base import Layout, Task
 from peftcli.train import checkpoint as checkpoints
-from peftcli.train.memory import peak_memory
+from peftcli.train.figures import Figures, Told, defers
+from peftcli.train.memory import Heap, give_back, peak_memory
 from peftcli.train.optimizers import learning_rate_factor
 from peftcli.train.signals import Interrupted, StopRequest
-
-_Parts = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -59,7 +58,7 @@ class Loop:
     settings: TrainSection
     total_steps: int
     layout: Layout
-    evaluate: Callable[[], dict[str, float] | None]
+    evaluate: Callable[[], Mapping[str, Any] | None]
     metrics: MetricsWriter | None
     display: Display
     folder: Path
@@ -68,6 +67,9 @@ class Loop:
     before: dict[str, Any] | None = None
     progress: checkpoints.Progress = field(default_factory=checkpoints.Progress)
     resumed_from: str | None = None
+    _heap: Heap = field(default_factory=Heap, init=False, repr=False)
+    _pending: Figures | None = field(default=None, init=False, repr=False)
+    _told: Told | None = field(default=None, init=False, repr=False)
 
     def run(self, resumed: checkpoints.Checkpoint | None = None) -> checkpoints.Progress:
         """Train to the end and return where it stands.
@@ -88,11 +90,14 @@ class Loop:
                 for group, peak in zip(self.optimizer.param_groups, peak_lrs, strict=True):
                     group["lr"] = peak * factor
                 supervised = sum(self.split.units(row) for row in step.rows)
-                total, parts, norm = self._step(step, supervised, progress)
+                self._step(step, supervised, progress)
+                last = progress.step == self.total_steps
+                due = self._due(self.settings.logging_steps, progress.step) or progress.step == 1 or last
+                if due or self._due(self.settings.eval_steps, progress.step) or self._due(self.settings.save_steps, progress.step):
+                    self._settle()
                 progress.seconds += time.perf_counter() - clock
                 clock = time.perf_counter()
-                last = progress.step == self.total_steps
-                self._log(progress, total, parts, norm, supervised, last)
+                self._log(progress, due=due)
                 improved = self._evaluate(progress) if self._due(self.settings.eval_steps, progress.step) and not last else False
                 patience = self.settings.early_stopping_patience
                 if patience is not None and progress.evaluations_without_gain >= patience:
@@ -111,15 +116,16 @@ class Loop:
                 progress.epoch, progress.position = progress.epoch + 1, 0
         return progress
 
-    def _step(self, step: StepPlan, supervised: int, progress: checkpoints.Progress) -> tuple[torch.Tensor, _Parts, float]:
-        """One optimizer step; returns the summed loss of this process's units, its further parts, and the gradient's norm."""
+    def _step(self, step: StepPlan, supervised: int, progress: checkpoints.Progress) -> None:
+        """One optimizer step. Its figures are read before it is taken, on a GPU before the next one is."""
         accelerator, share = self.accelerator, step.shares[self.accelerator.process_index]
         rows = step.rows
         # DDP averages gradients over the processes; the factor turns its mean back into the sum.
         scale = accelerator.num_processes / max(1, supervised)
         total = torch.zeros((), device=accelerator.device, dtype=torch.float64)
-        parts: _Parts = {}
+        parts: dict[str, torch.Tensor] = {}
         for index, micro in enumerate(share):
+            self._heap.before_batch(sum(self.plan.lengths[row] for row in micro))
             batch = self.task.batch(self.split, micro or step.rows[:1], self.layout, silent=not micro)
             final = index == len(share) - 1
             with contextlib.nullcontext() if final else accelerator.no_sync(self.module):
@@ -132,13 +138,15 @@ class Loop:
         self.method.before_step(self.model, tick)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         limit = self.settings.max_grad_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit))
-        if not (math.isfinite(norm) and torch.isfinite(total)):
-            raise TrainingError(
-                f"step {progress.step + 1}: the {'gradient' if torch.isfinite(total) else 'loss'} is not a number; no step was taken. "
-                f"Rows: {', '.join(self.split.origins[row] for row in rows[:4])}{', ...' if len(rows) > 4 else ''}",
-                hint=f"lower train.learning_rate, look at those rows, or use dtype float32. {self._last_good()}",
-            )
+        norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
+        self._settle()
+        summed = accelerator.reduce(total, reduction="sum")
+        others = accelerator.reduce(torch.stack([*parts.values()]), reduction="sum") if parts else None
+        self._pending = Figures(progress.step + 1, rows, supervised, total, norm, summed, [*parts], others)
+        if defers(self.optimizer, accelerator.device):
+            self.optimizer.found_inf = self._pending.broken.float()  # type: ignore[attr-defined]
+        else:
+            self._settle()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.method.after_step(self.model, tick)
@@ -146,17 +154,33 @@ class Loop:
         progress.position += 1
         progress.tokens += sum(self.plan.lengths[row] for row in rows)
         progress.supervised_tokens += supervised
-        return total, parts, norm
 
-    def _log(self, progress: checkpoints.Progress, total: torch.Tensor, parts: _Parts, norm: float, supervised: int, last: bool) -> None:
-        due = self._due(self.settings.logging_steps, progress.step) or progress.step == 1 or last
-        progress.window_tokens += supervised
-        progress.window_loss += float(self.accelerator.reduce(total, reduction="sum"))
-        if parts:
-            for name, value in zip(parts, self.accelerator.reduce(torch.stack([*parts.values()]), reduction="sum").tolist(), strict=True):
-                progress.window_parts[name] = progress.window_parts.get(name, 0.0) + value
+    def _settle(self) -> None:
+        """Read the figures that are on their way, and count them.
+
+        Raises:
+            TrainingError: they are not numbers; no step was taken on them.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        self._told = told = pending.told()
+        if not (math.isfinite(told.norm) and math.isfinite(told.loss)):
+            rows = pending.rows
+            raise TrainingError(
+                f"step {pending.step}: the {'gradient' if math.isfinite(told.loss) else 'loss'} is not a number; no step was taken. "
+                f"Rows: {', '.join(self.split.origins[row] for row in rows[:4])}{', ...' if len(rows) > 4 else ''}",
+                hint=f"lower train.learning_rate, look at those rows, or use dtype float32. {self._last_good()}",
+            )
+        progress = self.progress
+        progress.window_tokens += pending.units
+        progress.window_loss += told.total
+        for name, value in told.parts.items():
+            progress.window_parts[name] = progress.window_parts.get(name, 0.0) + value
+
+    def _log(self, progress: checkpoints.Progress, *, due: bool) -> None:
         self.display.advance(progress.step)
-        if not due:
+        if not due or self._told is None:
             return
         loss = progress.window_loss / max(1, progress.window_tokens)
         progress.loss_first = loss if progress.loss_first is None else progress.loss_first
@@ -169,7 +193,7 @@ class Loop:
             "loss": loss,
             **means,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "grad_norm": norm,
+            "grad_norm": self._told.norm,
             "tokens": progress.tokens,
             "supervised_tokens": progress.supervised_tokens,
             "tokens_per_second": round(progress.tokens / max(progress.seconds, 1e-9), 1),
@@ -189,17 +213,19 @@ class Loop:
 
     def _evaluate(self, progress: checkpoints.Progress) -> bool:
         """Evaluate, log, keep count of gains; whether this is the best so far."""
+        give_back()
         result = self.evaluate()
+        give_back()
         self.module.train()
         return result is not None and self.record(result)
 
-    def record(self, result: dict[str, float]) -> bool:
-        """Log held-out metrics of the model as it is now; whether its loss is the lowest so far."""
+    def record(self, result: Mapping[str, Any]) -> bool:
+        """Log held-out metrics of the model as it is now, and their ``intervals``; whether its loss is the lowest so far."""
         progress = self.progress
         record = {"step": progress.step, "epoch": self._epochs(), **{f"eval_{k}": v for k, v in result.items()}}
         if self.metrics is not None:
             self.metrics.write(record)
-        self.accelerator.log({f"eval/{k}": v for k, v in result.items()}, step=progress.step)
+        self.accelerator.log({f"eval/{k}": v for k, v in result.items() if k != "intervals"}, step=progress.step)
         self.display.evaluation(record)
         gained = progress.best_loss is None or result["loss"] < progress.best_loss - self.settings.early_stopping_threshold
         if gained:
@@ -210,6 +236,7 @@ class Loop:
 
     def save(self, progress: checkpoints.Progress) -> None:
         """Write a checkpoint, then read it back and compare it with what is in memory."""
+        self._settle()
         accelerator = self.accelerator
         prepare = checkpoints.stage if accelerator.is_main_process else checkpoints.staged
         aside = prepare(self.folder, progress.step)
@@ -256,6 +283,9 @@ class Loop:
         checkpoints.load_optimizer(self.optimizer, checkpoint.optimizer)
         self.method.load_state(checkpoint.method)
         checkpoints.set_rng_state(checkpoints.read_rng(checkpoint, self.accelerator.process_index))
+        if self.accelerator.is_main_process:
+            # The process before may have been killed between a checkpoint's last file and the removal of an older one.
+            checkpoints.tidy(self.folder, checkpoint.progress.step, self.settings.save_total_limit, checkpoint.progress.best_step)
         return checkpoint.progress
 
     def _last_good(self) -> str:

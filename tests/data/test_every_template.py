@@ -3,6 +3,7 @@ and collating of what comes out."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -89,6 +90,29 @@ def test_rows_3_to_6_of_any_conversation(name: str, item: Conversation) -> None:
     tokenizer = tokenizer_of(name)
     (row,) = Encoder(tokenizer).encode([item], exact_prompts=True)
     check(row, tokenizer, item)
+
+
+SPOILED = {
+    "another mark": ("", "{%- if add_generation_prompt -%}BOT:{%- endif -%}"),
+    "no answers": ("{%- set messages = messages | rejectattr('role', 'equalto', 'assistant') | list -%}", ""),
+    "backwards": ("{%- set messages = messages | reverse | list -%}", ""),
+}
+
+
+# Of a template with marks the marks are believed, whatever the order of the messages.
+@pytest.mark.parametrize(
+    ("name", "spoiled"), [(name, spoiled) for name in TEMPLATES for spoiled in SPOILED if (name, spoiled) != ("own", "backwards")]
+)
+def test_row_7_an_answer_that_is_not_found_where_inference_writes_it_is_refused(name: str, spoiled: str) -> None:
+    tokenizer = copy.deepcopy(tokenizer_of(name))
+    item = Conversation(
+        [Message("user", "ask"), Message("assistant", "answer"), Message("user", "more"), Message("assistant", "last")], "r:1"
+    )
+    assert Encoder(tokenizer).encode([item])[0].supervised.any()
+    before, behind = SPOILED[spoiled]
+    tokenizer.chat_template = before + tokenizer.chat_template + behind
+    with pytest.raises(DataError, match=r"r:1: .*(cannot be located|does not stand before|the template marks)"):
+        Encoder(tokenizer).encode([item])
 
 
 @pytest.mark.parametrize("name", ["own", "own without marks"])

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from peftcli.data.audit import plain_example
-from peftcli.data.prepare import Prepared, prepare
+from peftcli.data.prepare import Prepared, prepare, prepare_eval
 from peftcli.data.seq2seq_rows import PairAudit, Seq2SeqRows
 from peftcli.data.splits import PairSplit
 from peftcli.errors import DataError
@@ -70,9 +70,20 @@ def test_every_format_becomes_a_pair(
     data = prepared([row, row], tmp_path, **options)
     assert texts(data) == [(f"{expected[0]}</s>", f"{expected[1]}</s>")] * 2
     assert data.eval is not None
-    assert [(example.reference, example.prompt_ids[-1]) for example in data.eval.generation] == [(expected[1], EOS)] * 2
+    assert [(example.reference, example.prompt_ids[-1]) for example in data.eval.generation] == [(expected[1], EOS)]
     assert data.train.generation == []
     assert data.train.stop_ids == (EOS,)
+
+
+def test_rows_that_ask_the_same_share_their_answers(tmp_path: Path) -> None:
+    rows = [{"source": source, "target": target} for source, target in (("a", "1"), ("b", "2"), ("a", "3"), ("a", "1"))]
+    held_out = prepared(rows, tmp_path).eval
+    assert held_out is not None and held_out.counts.rows == 4, "the loss is that of every row"
+    assert [(found.prompt, found.references, found.origin) for found in held_out.generation] == [
+        ("a", ("1", "3"), "rows.jsonl:1"),
+        ("b", ("2",), "rows.jsonl:2"),
+    ]
+    assert held_out.generation[0].reference == "1\nor: 3"
 
 
 def test_a_chat_template_puts_nothing_around_a_source(tmp_path: Path) -> None:
@@ -176,3 +187,5 @@ def test_restaurants_with_the_tokenizer_of_flan_t5() -> None:
     assert (audit.rows, audit.truncated, audit.dropped, audit.eos_supervised) == (4672, 0, 0, 4672)
     assert all(ids[-1] == tok.eos_token_id and not np.isin(tok.pad_token_id, ids) for ids in (*split.input_ids, *split.target_ids))
     assert tok.decode(split.target_ids[0].tolist(), skip_special_tokens=True) in audit.example[1][0]
+    held_out = prepare_eval(Seq2SeqRows(section.model_copy(update={"eval": section.train}), tok, 96), base_dir=Path(), seed=1)
+    assert len(held_out.generation) == 547 and sum(len(found.references) for found in held_out.generation) == 4521

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peftcli.kernels import fast
+from peftcli.kernels.frozen import product_of
 from peftcli.kernels.low_rank import low_rank_linear, reference_low_rank_linear
-from peftcli.methods.lora_layers import fuses
 
 NAME = "low-rank update fused with its frozen layer"
 
@@ -87,13 +87,13 @@ def test_the_input_may_need_no_gradient() -> None:
 def test_where_it_is_not_taken() -> None:
     x = torch.ones(2, 3, dtype=torch.bfloat16)
     linear = torch.nn.Linear(3, 4).bfloat16().requires_grad_(False)
-    assert fuses(linear, x)
-    assert not fuses(linear, x.float())
-    assert not fuses(torch.nn.Linear(3, 4).bfloat16(), x), "its weight moves"
-    assert not fuses(torch.nn.Sequential(linear), x)
+    assert product_of(linear, x)
+    assert not product_of(linear, x.float())
+    assert not product_of(torch.nn.Linear(3, 4).bfloat16(), x), "its weight moves"
+    assert not product_of(torch.nn.Sequential(linear), x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not fuses(linear, x)
+        assert not product_of(linear, x)
     handle = linear.register_forward_hook(lambda *_: None)
-    assert not fuses(linear, x), "a hook must see what it computes"
+    assert not product_of(linear, x), "a hook must see what it computes"
     handle.remove()
-    assert fuses(linear, x)
+    assert product_of(linear, x)

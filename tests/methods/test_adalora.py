@@ -260,6 +260,19 @@ def test_a_whole_run(kind: str, tmp_path: Path, tiny_folders: dict[str, Path], t
     assert all("average_rank" in record for record in helpers.trace(tmp_path / "out") if "loss" in record)
 
 
+def test_a_run_that_ends_before_the_ranks_are_settled_says_so(tmp_path: Path, tiny_folders: dict[str, Path], tiny_data: Path) -> None:
+    text = helpers.recipe_for(tiny_folders["llama"], tiny_data, tmp_path / "out", method="{name: adalora, init_rank: 6, target_rank: 3}")
+    stop = ("train.eval_steps=1", "train.early_stopping_patience=1", "train.early_stopping_threshold=100", "train.epochs=20")
+    report = helpers.run(text, *stop)
+    assert report.status == "stopped_early"
+    when = f"the weights are those of step {report.train.steps}, before the ranks were settled"
+    note = f"adalora: {when}: each matrix has 6, the target is 3 on average"
+    assert report.notes == [note]
+    assert note in (tmp_path / "out" / "report.md").read_text()
+    assert load_file(tmp_path / "out" / "adapter" / hf_peft.WEIGHTS).popitem()[1].numel()
+    assert helpers.run(text, overwrite=True).notes == []
+
+
 def test_packed_and_padded_rows_train_alike() -> None:
     gradients = []
     for packed in (True, False):

@@ -7,6 +7,7 @@ import pytest
 from peftcli.errors import Fault, RecipeError
 from peftcli.recipe import parse_recipe
 from peftcli.recipe.render import dump_recipe
+from peftcli.recipe.tasks import TASKS
 
 ROWS = "base_model: m\nmethod: lora\ndataset: {train: a.jsonl, eval: b.jsonl}\n"
 GENERATED = ROWS + "eval: {generate: true, metrics: [exact_match, rouge]}\n"
@@ -66,3 +67,35 @@ def test_a_block_sign_without_quotes_is_explained() -> None:
     (fault,) = faults_of(ROWS + "expect:\n  eval.loss: >= 1\n")
     assert "put text that begins with one in quotes" in fault.message
     assert fault.line == 5
+
+
+# Every task and figures that it tells; for each what it does not.
+TASKS_FIGURES = {
+    "causal_lm": (("perplexity", "token_accuracy"), "accuracy"),
+    "seq2seq": (("perplexity", "token_accuracy"), "reward_accuracy"),
+    "sequence_classification": (("accuracy", "f1", "f1_micro", "matthews", "pearson", "spearman", "mean_absolute_error"), "perplexity"),
+    "{name: sequence_classification, problem: regression}": (("pearson", "spearman", "mean_absolute_error"), "accuracy"),
+    "{name: sequence_classification, problem: multi_label}": (("accuracy", "f1", "f1_micro"), "matthews"),
+    "{name: sequence_classification, problem: single_label}": (("accuracy", "f1", "matthews"), "f1_micro"),
+    "token_classification": (("entity_f1", "entity_precision", "entity_recall", "f1", "token_accuracy"), "accuracy"),
+    "dpo": (("reward_accuracy", "reward_margin", "chosen_reward", "rejected_reward", "chosen_log_prob", "rejected_log_prob"), "f1"),
+    "orpo": (("reward_accuracy", "chosen_log_prob"), "kl"),
+    "simpo": (("reward_accuracy", "reward_margin"), "token_accuracy"),
+    "kto": (("reward_accuracy", "reward_margin", "kl"), "perplexity"),
+    "reward": (("reward_accuracy", "reward_margin"), "chosen_log_prob"),
+}
+
+
+def test_every_task_is_listed() -> None:
+    assert {"sequence_classification" if task.startswith("{") else task for task in TASKS_FIGURES} == set(TASKS)
+
+
+@pytest.mark.parametrize("task", TASKS_FIGURES)
+def test_gates_fit_the_task(task: str) -> None:
+    own, other = TASKS_FIGURES[task]
+    for name in ("loss", *own):
+        for key in (f"eval.{name}", f"eval_before.{name}", f"comparisons.{name}.p_value"):
+            assert parse_recipe(ROWS + f"task: {task}\n", "r", [f"expect.{key}=> 0"]).recipe.expect == {key: "> 0"}
+    (fault,) = faults_of(ROWS + f"task: {task}\n", f"expect.eval.{other}=> 0")
+    assert fault.message == "is no figure of this task"
+    assert own[0] in str(fault.allowed) and other not in str(fault.allowed).split(", ")

@@ -149,6 +149,7 @@ learning_rate: 3
         ("train: {report_to: [wandb, wandbb]}", "train.report_to.1", (4, 28), "tensorboard, wandb, mlflow, comet_ml, trackio"),
         ("train: [1]", "train", (4, 8), None),
         ("eval: {examples: 101}", "eval.examples", (4, 18), "a whole number >= 0 and <= 100"),
+        ("eval: {metrics: [[rouge]]}", "eval.metrics.0", (4, 18), None),
         ("output_dir: 2026", "output_dir", (4, 13), "text"),
         ('output_dir: ""', "output_dir", (4, 13), "text"),
         ('output_dir: "a\\0b"', "output_dir", (4, 13), None),

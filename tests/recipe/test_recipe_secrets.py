@@ -6,7 +6,7 @@ import pytest
 
 from peftcli.errors import RecipeError
 from peftcli.recipe import parse_recipe
-from peftcli.recipe.redact import is_secret, is_secret_key, redact
+from peftcli.redact import is_secret, is_secret_key, redact
 
 # Put together here, so that no scanner takes this file for a leak.
 BODY = "aB3dE5gH7jK9mN1pQ3sT5vW7yZ9bC1eF3hJ"

@@ -13,7 +13,8 @@ from rich.console import Console
 from peftcli.report.progress import JsonProgress, NullProgress, PlainProgress, Progress, RichProgress, make_progress
 
 STEP = {"step": 10, "epoch": 0.5, "loss": 1.25, "learning_rate": 2e-4, "tokens_per_second": 1234.5, "peak_memory_bytes": 2**30}
-EVALUATION = {"step": 10, "epoch": 0.5, "eval_loss": 0.5, "eval_perplexity": 1.6487, "eval_token_accuracy": 0.875}
+EVALUATION: dict[str, Any] = {"step": 10, "epoch": 0.5, "eval_loss": 0.5, "eval_perplexity": 1.6487, "eval_token_accuracy": 0.875}
+EVALUATION |= {"eval_intervals": {"loss": [0.4, 0.6], "token_accuracy": [0.8, 0.925]}}
 
 
 def tell(progress: Progress) -> None:
@@ -34,7 +35,10 @@ def test_plain_lines() -> None:
     assert lines[:2] == ["loading model", "training for 20 steps, continuing after step 5"]
     assert lines[2].startswith("step 10/20  loss 1.250  lr 2e-4  1,234 tokens/s  memory 1 GiB")
     assert lines[2].endswith(" left")
-    assert lines[3:] == ["step 10  held-out  loss 0.5000  perplexity 1.649  token accuracy 87.5 %", "warning: row 7 was [truncated]"]
+    assert lines[3:] == [
+        "step 10  held-out  loss 0.5000 (0.4000 to 0.6000)  perplexity 1.649  token accuracy 87.5 % (80.0 % to 92.5 %)",
+        "warning: row 7 was [truncated]",
+    ]
 
 
 def test_json_lines() -> None:

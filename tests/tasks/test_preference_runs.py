@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ import preference_cases as cases
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from peftcli.cli import app
@@ -195,3 +197,24 @@ def test_stock_peft_loads_a_reward_model(kind: str, rows: Path, tiny_folders: di
         alone = ours(input_ids=ids[:1, :8], attention_mask=mask[:1, :8]).logits
     assert found.shape == (3, 1) and torch.allclose(found, expected, atol=1e-6)
     assert torch.allclose(found[:1], alone, atol=1e-5), "the last token that is not padding is read"
+
+
+def test_a_reward_model_reads_the_eos_token_where_it_pads_too(rows: Path, tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    """As in SmolLM2 and everywhere without a padding token. The saved tokenizer says what pads, so other tools find the same token."""
+    shutil.copytree(tiny_folders["llama"], tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path / "model")
+    helpers.run(cases.text("reward", tmp_path / "model", rows, tmp_path / "out"), "train.max_steps=4")
+    result, saved = open_result(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out" / "adapter")
+    assert saved.pad_token_id == result.base.tokenizer.pad_token_id == result.model.config.pad_token_id != saved.eos_token_id
+    texts = ["red? red" + saved.eos_token, "a longer question? blue" + saved.eos_token]
+    batch = saved(texts, padding=True, add_special_tokens=False, return_tensors="pt")
+    states: list[torch.Tensor] = []
+    result.model.score.register_forward_hook(lambda _, inputs, output: states.append(output))
+    with torch.no_grad():
+        found = result.model(**batch).logits[:, 0]
+    last = batch["attention_mask"].sum(-1) - 1
+    assert batch["input_ids"].gather(1, last[:, None]).flatten().tolist() == [saved.eos_token_id] * 2
+    assert torch.equal(found, states[0][torch.arange(2), last, 0])
+    assert not torch.allclose(found, states[0][torch.arange(2), last - 1, 0])

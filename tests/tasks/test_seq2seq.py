@@ -311,9 +311,9 @@ def test_flan_t5_learns_to_describe_restaurants(tmp_path: Path) -> None:
         "task: {name: seq2seq, max_target_length: 64}\n"
         "method: {name: lora, rank: 8, alpha: 16, target_modules: [q, v]}\n"
         f"dataset: {{train: {rows / 'trainset.csv.gz'}, eval: {rows / 'devset.csv'}, columns: {{source: mr, target: ref}}, "
-        "limit: 192, eval_limit: 8, max_length: 96}\n"
+        "limit: 192, eval_limit: 24, max_length: 96}\n"
         "train: {max_steps: 16, batch_size: 8, learning_rate: 2.0e-3, logging_steps: 4}\n"
-        "eval: {generate: true, generate_limit: 4, max_new_tokens: 40, batch_size: 4}\n"
+        "eval: {generate: true, max_new_tokens: 40, batch_size: 4, examples: 4, metrics: [bleu, rouge], before: true}\n"
         f"output_dir: {tmp_path / 'run'}\n"
     )
     report = helpers.run(text)
@@ -321,6 +321,10 @@ def test_flan_t5_learns_to_describe_restaurants(tmp_path: Path) -> None:
     assert report.eval.loss < report.eval_before.loss - 0.5
     assert report.checks.live_adapter is not None and report.checks.live_adapter.passed
     assert report.model.parameters == 76_961_152
+    # The first 24 rows ask for four restaurants: each is described once, and measured against all that people wrote of it.
+    assert (report.eval.rows, report.eval.generated, len({example.prompt for example in report.examples})) == (24, 4, 4)
+    assert sum(example.reference.count("\nor: ") + 1 for example in report.examples) > 16
+    assert report.eval.metrics["bleu"] > report.eval_before.metrics["bleu"]
     for example in report.examples:
         name = example.prompt.partition("name[")[2].partition("]")[0]
         assert name in example.after, example

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import json
 import os
 import random
-import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from small_tokenizers import byte_tokenizer
 from peftcli import probe
 from peftcli.data.prepare import prepare, prepare_eval
 from peftcli.data.tagged_rows import NONE, TaggedRows
-from peftcli.errors import DataError
+from peftcli.errors import DataError, UsageError
 from peftcli.methods import registry
 from peftcli.recipe.schema import DatasetSection
 from peftcli.recipe.tasks import TokenClassificationTask
@@ -32,6 +30,10 @@ from peftcli.result import open_result
 from peftcli.tasks import registry as tasks
 from peftcli.tasks.base import Layout
 from peftcli.tasks.token_classification import Tagger, entities, kinds, spans_entities
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+import measure_tasks
 
 DATA, MODELS = os.environ.get("PEFTCLI_DATA_DIR"), os.environ.get("PEFTCLI_MODELS_DIR")
 PEOPLE, PLACES = ["Ann", "Bob Lee", "Zoë"], ["Rome", "New York"]
@@ -263,19 +265,25 @@ def test_every_method_learns_and_is_read_back(name: str, kind: str, bases: dict[
     assert float(measured["loss"].sum() / measured["units"].sum()) == pytest.approx(report.eval.loss, rel=1e-4)
 
 
-def slots(text: Iterator[str]) -> Iterator[dict[str, list[str]]]:
-    """E2E rows as a tagging task: where the values of a restaurant's attributes stand in its description, in IOB2."""
-    for row in csv.DictReader(text):
-        words = re.findall(r"\w+(?:['-]\w+)*|[^\w\s]", row["ref"])
-        lower, tags = [word.lower() for word in words], ["O"] * len(words)
-        for slot, value in re.findall(r"(\w[\w ]*)\[([^\]]*)\]", row["mr"]):
-            wanted = re.findall(r"\w+(?:['-]\w+)*|[^\w\s]", value.lower())
-            for start in range(len(words) - len(wanted) + 1) if slot != "familyFriendly" else ():
-                place = slice(start, start + len(wanted))
-                if lower[place] == wanted and set(tags[place]) == {"O"}:
-                    name = slot.replace(" ", "_")
-                    tags[place] = [f"B-{name}", *[f"I-{name}"] * (len(wanted) - 1)]
-        yield {"tokens": words, "tags": tags}
+@pytest.mark.parametrize(("flat", "wrong", "right"), [(False, "f1", "entity_f1"), (True, "entity_f1", "f1")])
+def test_gates_are_checked_against_what_the_tags_are(flat: bool, wrong: str, right: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """Whether tags mark entities is known once the rows are read, and then a gate on the other kind's figure ends the run."""
+    for part, count in (("train", 48), ("eval", 5)):
+        rows = [{**row, "tags": [tag[-1:] for tag in row["tags"]]} if flat else row for row in map(sentence, range(count))]
+        write(tmp_path / f"{part}.jsonl", rows)
+    text = (
+        f"base_model: {{name: {bases['bert']}, dtype: float32}}\ntask: token_classification\nmethod: lora\n"
+        f"dataset: {{train: {tmp_path / 'train.jsonl'}, eval: {tmp_path / 'eval.jsonl'}, max_length: 64}}\n"
+        f"train: {{epochs: 2, batch_size: 8, learning_rate: 2e-2}}\noutput_dir: {tmp_path / 'run'}\n"
+    )
+    with pytest.raises(UsageError, match=f"expect.eval.{wrong} is not measured of rows like these") as refused:
+        helpers.run(text, f"expect.eval.{wrong}=> 0.1")
+    assert right in str(refused.value) and not (tmp_path / "run" / "adapter").exists()
+    report = helpers.run(text, f"expect.eval.{right}=> 0.1", "expect.eval.token_accuracy=> 1", f"expect.comparisons.{right}.difference=> 0")
+    assert [(gate.key, gate.found is not None) for gate in report.gates] == [
+        (f"eval.{right}", True), ("eval.token_accuracy", True), (f"comparisons.{right}.difference", True),
+    ]  # fmt: skip
+    assert report.gates[1].passed is False
 
 
 @pytest.mark.slow
@@ -283,10 +291,7 @@ def slots(text: Iterator[str]) -> Iterator[dict[str, list[str]]]:
 def test_an_encoder_learns_to_find_attributes_in_real_descriptions(tmp_path: Path) -> None:
     """MiniLM with LoRA on 240 descriptions; the held-out ones are of the published development set, whose restaurants are others."""
     assert DATA is not None and MODELS is not None
-    with gzip.open(Path(DATA) / "e2e" / "trainset.csv.gz", "rt", encoding="utf-8") as file:
-        train = list(slots(file))
-    with (Path(DATA) / "e2e" / "devset.csv").open(encoding="utf-8") as file:
-        held_out = list(slots(file))
+    train, held_out = measure_tasks.slots(Path(DATA))
     random.Random(0).shuffle(train)
     random.Random(1).shuffle(held_out)
     write(tmp_path / "train.jsonl", train[:240])

@@ -165,6 +165,39 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-2", "step-6", "step-7"]
 
 
+def test_a_resumed_run_clears_up_after_one_that_was_killed_between_a_save_and_the_removal_of_the_oldest(tmp_path: Path) -> None:
+    """Nothing has to be saved any more, so no later save would do it."""
+    trained(tmp_path, steps=6, save_total_limit=3)
+    root = tmp_path / "checkpoints"
+    shutil.copytree(root / "step-2", root / ".step-6.partial")
+    model, method = helpers.adapted("lora", rank=4, target_modules=["q_proj"])
+    split = helpers.pattern_split()
+    loop = helpers.make_loop(model, method, split, tmp_path, steps=7, batch_size=8, save_steps=2, save_total_limit=2, identity={"a": 1})
+    found, notes = checkpoints.newest(root)
+    assert not notes
+    loop.run(found)
+    assert sorted(p.name for p in root.iterdir()) == ["step-4", "step-6"]
+
+
+def test_a_damaged_checkpoint_is_not_kept_as_the_newest(tmp_path: Path) -> None:
+    """Counted as one, it would push out every whole one that is written before its step comes again."""
+    trained(tmp_path, steps=6, save_total_limit=3)
+    root = tmp_path / "checkpoints"
+    (root / "step-6" / "trainable.safetensors").write_bytes(b"")
+    (root / "step-4" / "state.json").write_bytes(b"")
+    model, method = helpers.adapted("lora", rank=4, target_modules=["q_proj"])
+    split = helpers.pattern_split()
+    loop = helpers.make_loop(model, method, split, tmp_path, steps=4, batch_size=8, save_steps=1, save_total_limit=1, identity={"a": 1})
+    found, notes = checkpoints.newest(root)
+    assert found is not None
+    assert len(notes) == 2
+    loop.run(found)
+    assert sorted(p.name for p in root.iterdir()) == ["step-3"]
+    found, notes = checkpoints.newest(root)
+    assert found is not None
+    assert (found.progress.step, notes) == (3, [])
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES])
 @pytest.mark.parametrize("where", ["mkdir", "save_file", "write_text", "fsync", "replace"])
 def test_a_failing_disk_leaves_the_previous_checkpoint(where: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,11 +22,18 @@ RAGGED = [3, 20, 5, 11, 2, 17, 9, 4]
 
 
 def step_gradients(
-    split: TextSplit, folder: Path, *, steps: int = 1, kind: str = "llama", name: str = "lora", **settings: Any
+    split: TextSplit,
+    folder: Path,
+    *,
+    steps: int = 1,
+    kind: str = "llama",
+    name: str = "lora",
+    dtype: torch.dtype = torch.float64,
+    **settings: Any,
 ) -> list[dict[str, Tensor]]:
-    """Gradients of the first ``steps`` optimizer steps in float64; the weights stay as they are."""
+    """Gradients of the first ``steps`` optimizer steps; the weights stay as they are."""
     options = {"rank": 4} if name == "lora" else {}
-    model, method = helpers.adapted(name, kind, torch.float64, **options)
+    model, method = helpers.adapted(name, kind, dtype, **options)
     helpers.stir(model)
     found: list[dict[str, Tensor]] = []
     method.before_step = lambda model, tick: found.append(helpers.gradients(model))  # type: ignore[method-assign]
@@ -64,6 +71,15 @@ def test_accumulation_equals_the_full_batch(name: str, size: int, accumulation: 
     split = helpers.make_split(RAGGED)
     (found,) = step_gradients(split, tmp_path, name=name, batch_size=size, gradient_accumulation_steps=accumulation, packed=packed)
     assert worst(found, full_batch(split, list(range(8)), name)) <= 1e-10
+
+
+@pytest.mark.parametrize(("size", "accumulation"), [(4, 2), (1, 8), (3, 3)])
+def test_in_float32_within_its_rounding(size: int, accumulation: int, tmp_path: Path) -> None:
+    split = helpers.make_split(RAGGED)
+    settings: dict[str, Any] = {"dtype": torch.float32, "batch_size": size, "gradient_accumulation_steps": accumulation}
+    (found,) = step_gradients(split, tmp_path, **settings)
+    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+    assert worst({name: gradient.double() for name, gradient in found.items()}, full_batch(split, list(range(8)))) <= 1e-6
 
 
 def test_a_partial_last_window_is_neither_dropped_nor_scaled_wrongly(tmp_path: Path) -> None:

@@ -125,3 +125,21 @@ def test_four_processes_take_the_rows_in_the_same_order(tiny_folders: dict[str, 
             assert a.get(key) == (pytest.approx(b[key], rel=1e-5) if key in b else None)
     ranks = [load_file(tmp_path / "four" / f"lora.rank-{rank}.safetensors") for rank in range(4)]
     assert all(torch.equal(ranks[0][key], other[key]) for other in ranks[1:] for key in other)
+
+
+def test_one_two_and_four_processes_are_the_same_run_in_float64(tmp_path: Path) -> None:
+    """Rows of very different lengths, two accumulation steps, a partial last step: order and learning rate exact, weights to 1e-10."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(Path(__file__).with_name("worlds.py")), str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    one, two, four = (load_file(tmp_path / f"{processes}.safetensors") for processes in (1, 2, 4))
+    assert len(one["rates"]) == 5
+    assert len(set(one["rates"].tolist())) == 5, "it falls in every step"
+    assert float(max(one[name].abs().max() for name in one if name.endswith("lora_B"))) > 1e-2
+    for other in (two, four):
+        assert torch.equal(one["rates"], other["rates"])
+        assert torch.equal(one["rows"], other["rows"])
+        assert one.keys() == other.keys()
+        assert max(float((one[name] - other[name]).abs().max()) for name in one) <= 1e-10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 HIDDEN = "<hidden>"
@@ -47,6 +48,14 @@ def is_secret_key(name: str) -> bool:
 
 
 def redact(text: str) -> str:
-    """``text`` with everything of a secret's shape replaced by ``<hidden>``."""
+    """``text`` without secrets: what has the shape of one, and what an environment variable such as ``HF_TOKEN`` holds, is ``<hidden>``."""
+    for value in _environment():
+        text = text.replace(value, HIDDEN)
     text = _SHAPES.sub(HIDDEN, text)
     return _RUN.sub(lambda match: HIDDEN if _is_token(match.group()) else match.group(), text)
+
+
+def _environment() -> list[str]:
+    """Secrets of this process, the longest first. Short values would hide ordinary words."""
+    found = {value for name, value in os.environ.items() if len(value) >= 8 and is_secret_key(name)}
+    return sorted(found, key=len, reverse=True)

@@ -1,0 +1,191 @@
+"""Products with frozen weights in 8 bits, forward and backward: rows and weight are rounded to 8 bits, the sums are exact or nearly so.
+
+Each output channel of the weight has a scale, and each row that is multiplied by it one of its own, found when it comes: no row depends
+on those beside it. On the way back the weight's scales lie on the axis that is summed over, so they are multiplied into the gradient
+before it is rounded.
+
+``fp8`` is float8_e4m3fn on tensor cores (``torch._scaled_mm``), ``int8`` integers with the instructions of CPUs that have them
+(``torch._int_mm``). The plain reference of both products is one in float32 over the same rounded numbers; it is what runs where fast paths
+are turned off.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peftcli.kernels import fast, native
+from peftcli.kernels.frozen import Product, frozen_linear
+
+_NAME = "frozen products in 8 bits"
+_LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+
+
+def reference_quantize(rows: Tensor, factors: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Each row in 8 bits, with a scale that makes its largest number the largest of ``dtype``.
+
+    Args:
+        rows: [n, width]. ``factors``: [width] float32 that every row is multiplied by before.
+        dtype: float8_e4m3fn or int8.
+
+    Returns:
+        (codes [n, width] of ``dtype``, scales [n] float32); code * scale is the value. A row that holds no number gets the scale NaN.
+    """
+    wide = rows.float() if factors is None else rows.float() * factors
+    # Not below 1e-12: a row of zeros has codes and scale that are numbers.
+    top = wide.abs().amax(1).clamp_min(1e-12)
+    largest = _LARGEST[dtype]
+    values = wide * (torch.full_like(top, largest) / top).unsqueeze(1)
+    if dtype == torch.int8:
+        return values.nan_to_num(0.0, 0.0, 0.0).round().to(dtype), torch.where(top < torch.inf, top / largest, torch.nan)
+    return values.to(dtype), top / largest
+
+
+def reference_multiply(codes: Tensor, scales: Tensor, weight: Tensor, by: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``(codes * scales) @ (weight * by).T`` in float32, as ``dtype``.
+
+    Args:
+        codes: [n, k]; ``scales`` [n]. ``weight``: [m, k] in 8 bits; ``by`` [m].
+    """
+    sums = codes.float() @ weight.float().t()
+    sums = sums * scales.unsqueeze(1)
+    return (sums if by is None else sums * by).to(dtype)
+
+
+class EightBit:
+    """A frozen weight in 8 bits as something to multiply by.
+
+    Args:
+        weight: [out, in], bfloat16.
+    """
+
+    dtype: ClassVar[torch.dtype]
+
+    def __init__(self, weight: Tensor) -> None:
+        self.codes, self.scales = reference_quantize(weight, None, self.dtype)
+
+    def times(self, rows: Tensor, bias: Tensor | None) -> Tensor:
+        codes, scales = self._quantize(rows, None)
+        if fast.take(_NAME):
+            out = self._forward(codes, scales, rows.dtype)
+        else:
+            out = reference_multiply(codes, scales, self.codes, self.scales, rows.dtype)
+        return out if bias is None else out.add_(bias)
+
+    def back(self, rows: Tensor) -> Tensor:
+        codes, scales = self._quantize(rows, self.scales)
+        if fast.take(_NAME):
+            return self._backward(codes, scales, rows.dtype)
+        return reference_multiply(codes, scales, self.codes.t(), None, rows.dtype)
+
+    def _quantize(self, rows: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def _forward(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        raise NotImplementedError
+
+    def _backward(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        raise NotImplementedError
+
+
+class Float8(EightBit):
+    """In float8_e4m3fn. Its product knows one layout on NVIDIA's Hopper, so the weight is held twice, once turned."""
+
+    dtype = torch.float8_e4m3fn
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight)
+        self.turned = self.codes.t().contiguous()
+        self.ones = torch.ones(1, weight.shape[1], device=weight.device)
+
+    def _quantize(self, rows: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
+        if rows.device.type != "cuda" or not native.triton_runs() or not fast.on():
+            return reference_quantize(rows, factors, self.dtype)
+        rows = rows.contiguous()
+        codes, scales = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device), rows.new_empty(len(rows), dtype=torch.float32)
+        importlib.import_module("peftcli.kernels.triton_code").quantize_rows(rows, factors, codes, scales)
+        return codes.view(self.dtype), scales
+
+    def _forward(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        by = self.scales.unsqueeze(0)
+        return torch._scaled_mm(codes, self.codes.t(), scales.unsqueeze(1), by, out_dtype=dtype, use_fast_accum=True)
+
+    def _backward(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch._scaled_mm(codes, self.turned.t(), scales.unsqueeze(1), self.ones, out_dtype=dtype)
+
+
+class Int8(EightBit):
+    """In integers, whose sums are exact."""
+
+    dtype = torch.int8
+
+    def _quantize(self, rows: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
+        rows = rows.contiguous()
+        if not native.usable(rows) or not fast.on():
+            return reference_quantize(rows, factors, self.dtype)
+        codes, scales = torch.empty(rows.shape, dtype=self.dtype), torch.empty(len(rows))
+        native.call("quantize", rows, rows, factors, codes, scales, *rows.shape)
+        return codes, scales
+
+    def _forward(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        return _widened(torch._int_mm(codes, self.codes.t()), scales, self.scales, dtype)
+
+    def _backward(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        return _widened(torch._int_mm(codes, self.codes), scales, None, dtype)
+
+
+def _widened(sums: Tensor, scales: Tensor, by: Tensor | None, dtype: torch.dtype) -> Tensor:
+    out = sums.new_empty(sums.shape, dtype=dtype)
+    if native.usable(out):
+        native.call("dequantize", out, sums, scales, by, out, *sums.shape)
+        return out
+    wide = sums.float().mul_(scales.unsqueeze(1))
+    return out.copy_(wide if by is None else wide.mul_(by))
+
+
+KINDS: dict[str, type[EightBit]] = {"fp8": Float8, "int8": Int8}
+# A product of fewer multiplications stays as it is: what rounding to 8 bits costs would be more than what the product saves. On a GPU a
+# figure published for row-wise scales, about (2048, 2048, 2048), not one of ours; on the CPU every shape measured gained, the smallest
+# of 2,048 rows, 576 to 192, by 1.3.
+_WORTHWHILE = {"cuda": 1 << 33, "cpu": 0}
+
+
+class EightBitLinear(nn.Linear):
+    """A frozen linear layer that multiplies in 8 bits while it is trained through, and as before in evaluation mode.
+
+    Args:
+        linear: its weight and bias are taken over, not copied.
+        kind: ``fp8`` or ``int8``.
+    """
+
+    def __init__(self, linear: nn.Linear, kind: str) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.train(linear.training)
+        self.product = KINDS[kind](linear.weight.detach())
+
+    def frozen_product(self, x: Tensor) -> Product | None:
+        """How it multiplies ``x``; ``None`` where it does as every linear layer does."""
+        work = x.numel() * self.out_features
+        wanted = self.training and torch.is_grad_enabled() and x.dtype == torch.bfloat16
+        return self.product if wanted and work >= _WORTHWHILE.get(x.device.type, 0) else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = self.frozen_product(x)
+        return super().forward(x) if product is None else frozen_linear(x, product, self.bias)
+
+
+def unfit(kind: str, device: torch.device) -> str | None:
+    """Why ``device`` does not multiply in 8 bits of this kind; ``None`` where it does."""
+    if kind == "int8":
+        if device.type != "cpu":
+            return "int8 products are for CPUs; this run is on a GPU"
+        vnni: Any = getattr(torch.cpu, "_is_vnni_supported", lambda: False)
+        return None if vnni() else "this CPU has no instructions for int8 products (AVX512-VNNI or AMX)"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{torch.cuda.get_device_name(device)} has no FP8 products: its compute capability is {major}.{minor}, 8.9 is needed"
+    return None

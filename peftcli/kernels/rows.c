@@ -1,0 +1,212 @@
+/* Row-wise arithmetic of a transformer layer on a CPU, one pass over memory each.
+ *
+ * native.py compiles this file on the machine where it runs, once for each dtype; elementwise.py calls it and holds the plain
+ * references. Every row is computed by one thread in one order, so results do not depend on the number of threads.
+ * Intermediate results are rounded where PyTorch's own operators would round them.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifdef BFLOAT16
+typedef uint16_t value;
+static inline float load(value v) {
+    uint32_t bits = (uint32_t)v << 16;
+    float wide;
+    memcpy(&wide, &bits, 4);
+    return wide;
+}
+static inline value store(float wide) { /* to the nearest, ties to even; NaN stays NaN */
+    uint32_t bits;
+    memcpy(&bits, &wide, 4);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (value)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+static inline float rounded(float wide) { return load(store(wide)); }
+#else
+typedef float value;
+static inline float load(value v) { return v; }
+static inline value store(float wide) { return wide; }
+static inline float rounded(float wide) { return wide; }
+#endif
+
+#define ROWS _Pragma("omp parallel for schedule(static) num_threads(threads)")
+
+/* e^x to 2 units in the last place, for x from -87 to 88; beyond, what it is there (1e-38, 1e38). */
+static inline float exponential(float x) {
+    float bounded = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float count = rintf(bounded * 1.44269504f);
+    float rest = bounded - count * 0.693359375f + count * 2.12194440e-4f;
+    float power = 1.9875691500e-4f;
+    power = power * rest + 1.3981999507e-3f;
+    power = power * rest + 8.3334519073e-3f;
+    power = power * rest + 4.1665795894e-2f;
+    power = power * rest + 1.6666665459e-1f;
+    power = power * rest + 5.0000001201e-1f;
+    power = power * rest * rest + rest + 1.0f;
+    uint32_t bits = (uint32_t)((int32_t)count + 127) << 23;
+    float scale;
+    memcpy(&scale, &bits, 4);
+    return power * scale;
+}
+
+/* y = weight * x / sqrt(mean(x^2) + eps); inverse [rows] is kept for the way back. */
+void rms_norm(const value *x, const value *weight, value *y, float *inverse, long rows, long width, float eps, int threads) {
+    ROWS
+    for (long row = 0; row < rows; row++) {
+        const value *in = x + row * width;
+        value *out = y + row * width;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (long i = 0; i < width; i++) sum += load(in[i]) * load(in[i]);
+        float scale = 1.0f / sqrtf(sum / width + eps);
+        inverse[row] = scale;
+#pragma omp simd
+        for (long i = 0; i < width; i++) out[i] = store(load(weight[i]) * rounded(load(in[i]) * scale));
+    }
+}
+
+void rms_norm_backward(const value *grad, const value *x, const value *weight, const float *inverse, value *for_x, long rows, long width,
+                       int threads) {
+    ROWS
+    for (long row = 0; row < rows; row++) {
+        const value *from = grad + row * width, *in = x + row * width;
+        value *out = for_x + row * width;
+        float scale = inverse[row], sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (long i = 0; i < width; i++) sum += load(from[i]) * load(weight[i]) * load(in[i]);
+        float shared = sum / width * scale * scale;
+#pragma omp simd
+        for (long i = 0; i < width; i++) out[i] = store(scale * (load(from[i]) * load(weight[i]) - load(in[i]) * shared));
+    }
+}
+
+/* out = gate / (1 + e^-gate) * up */
+void swiglu(const value *gate, const value *up, value *out, long rows, long width, int threads) {
+    ROWS
+    for (long row = 0; row < rows; row++) {
+        const value *a = gate + row * width, *b = up + row * width;
+        value *to = out + row * width;
+#pragma omp simd
+        for (long i = 0; i < width; i++) {
+            float x = load(a[i]);
+            to[i] = store(x / (1.0f + exponential(-x)) * load(b[i]));
+        }
+    }
+}
+
+void swiglu_backward(const value *grad, const value *gate, const value *up, value *for_gate, value *for_up, long rows, long width,
+                     int threads) {
+    ROWS
+    for (long row = 0; row < rows; row++) {
+        const value *from = grad + row * width, *a = gate + row * width, *b = up + row * width;
+        value *to_gate = for_gate + row * width, *to_up = for_up + row * width;
+#pragma omp simd
+        for (long i = 0; i < width; i++) {
+            float x = load(a[i]), part = 1.0f / (1.0f + exponential(-x)), g = load(from[i]);
+            to_up[i] = store(g * x * part);
+            to_gate[i] = store(g * load(b[i]) * part * (1.0f + x * (1.0f - part)));
+        }
+    }
+}
+
+/* Rotary positions: x [rows, heads, width], its rows `step` apart; cosine and sine [rows, width]. With `back` the gradient's way. */
+void rotate(const value *x, long step, const value *cosine, const value *sine, value *out, long rows, long heads, long width, long back,
+            int threads) {
+    long half = width / 2;
+    ROWS
+    for (long row = 0; row < rows; row++) {
+        const value *c = cosine + row * width, *s = sine + row * width;
+        for (long head = 0; head < heads; head++) {
+            const value *in = x + row * step + head * width;
+            value *to = out + (row * heads + head) * width;
+            if (back) {
+#pragma omp simd
+                for (long i = 0; i < half; i++) {
+                    float low = load(in[i]), high = load(in[i + half]);
+                    to[i] = store(rounded(low * load(c[i])) + rounded(high * load(s[i + half])));
+                    to[i + half] = store(rounded(high * load(c[i + half])) - rounded(low * load(s[i])));
+                }
+            } else {
+#pragma omp simd
+                for (long i = 0; i < half; i++) {
+                    float low = load(in[i]), high = load(in[i + half]);
+                    to[i] = store(rounded(low * load(c[i])) - rounded(high * load(s[i])));
+                    to[i + half] = store(rounded(high * load(c[i + half])) + rounded(low * load(s[i + half])));
+                }
+            }
+        }
+    }
+}
+
+/* Cross-entropy of each row of logits [rows, width] in nats. With `gradient` the logits become e^(x - top) - [target] * sum, and
+ * inverse [rows] 1 / sum: their product is the gradient. A tie with the largest logit counts as correct. */
+void cross_entropy(value *logits, const int64_t *target, float *loss, float *inverse, int64_t *correct, long rows, long width, long gradient,
+                   int threads) {
+    ROWS
+    for (long row = 0; row < rows; row++) {
+        value *x = logits + row * width;
+        float top = -INFINITY, sum = 0, picked = load(x[target[row]]);
+        int broken = 0;
+#pragma omp simd reduction(max : top) reduction(| : broken)
+        for (long i = 0; i < width; i++) {
+            float v = load(x[i]);
+            top = v > top ? v : top;
+            broken |= v != v;
+        }
+        if (broken) top = NAN;
+        if (gradient) {
+#pragma omp simd reduction(+ : sum)
+            for (long i = 0; i < width; i++) {
+                float power = exponential(load(x[i]) - top);
+                sum += power;
+                x[i] = store(power);
+            }
+            x[target[row]] = store(exponential(picked - top) - sum);
+        } else {
+#pragma omp simd reduction(+ : sum)
+            for (long i = 0; i < width; i++) sum += exponential(load(x[i]) - top);
+        }
+        loss[row] = logf(sum) + top - picked;
+        inverse[row] = 1.0f / sum;
+        correct[row] = picked == top;
+    }
+}
+
+/* Each row as 8-bit numbers times a factor: out = round(x * by / factor), factor [rows] = max |x * by| / 127; by [width] or none. */
+void quantize(const value *x, const float *by, int8_t *out, float *factor, long rows, long width, int threads) {
+    ROWS
+    for (long row = 0; row < rows; row++) {
+        const value *in = x + row * width;
+        int8_t *to = out + row * width;
+        float top = 0;
+        int broken = 0;
+#pragma omp simd reduction(max : top) reduction(| : broken)
+        for (long i = 0; i < width; i++) {
+            float v = fabsf(load(in[i]) * (by ? by[i] : 1.0f));
+            top = v > top ? v : top;
+            broken |= !(v < INFINITY);
+        }
+        float scale = top > 0 ? 127.0f / top : 0.0f;
+        factor[row] = broken ? NAN : top / 127.0f;
+#pragma omp simd
+        for (long i = 0; i < width; i++) to[i] = (int8_t)(int32_t)rintf(load(in[i]) * (by ? by[i] : 1.0f) * (broken ? 0.0f : scale));
+    }
+}
+
+/* out = sums * factor[row] * by[column], by [width] or none. */
+void dequantize(const int32_t *sums, const float *factor, const float *by, value *out, long rows, long width, int threads) {
+    ROWS
+    for (long row = 0; row < rows; row++) {
+        const int32_t *in = sums + row * width;
+        value *to = out + row * width;
+        float scale = factor[row];
+        if (by) {
+#pragma omp simd
+            for (long i = 0; i < width; i++) to[i] = store((float)in[i] * scale * by[i]);
+        } else {
+#pragma omp simd
+            for (long i = 0; i < width; i++) to[i] = store((float)in[i] * scale);
+        }
+    }
+}

@@ -1,0 +1,54 @@
+"""``train.frozen_products``: the frozen linear layers of a model multiply in 8 bits while it is trained."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from peftcli.errors import UsageError
+from peftcli.kernels.eight_bit import EightBitLinear, unfit
+from peftcli.methods.targets import replace
+from peftcli.model.load import quantizable
+
+# The formats' products want sizes that are multiples of this.
+_STEP = 16
+
+
+def refuse(kind: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Stop a run that asks for what its device or its dtype cannot do.
+
+    Raises:
+        UsageError: says what was asked for, and what is allowed.
+    """
+    if dtype != torch.bfloat16:
+        raise UsageError(
+            f"train.frozen_products: {kind} goes with a computation in bfloat16; this one is in {str(dtype).removeprefix('torch.')}",
+            hint="set base_model.dtype=bfloat16, or train.frozen_products=null.",
+        )
+    if reason := unfit(kind, device):
+        raise UsageError(f"train.frozen_products: {reason}", hint="set train.frozen_products=null.")
+
+
+def multiply_in_8_bits(model: nn.Module, kind: str) -> int:
+    """Put twins that multiply in 8 bits in the place of all frozen bfloat16 linear layers but the output layer; returns their number.
+
+    Raises:
+        UsageError: there are none.
+    """
+    names = []
+    for name in quantizable(model):
+        layer = model.get_submodule(name)
+        if type(layer) is not nn.Linear or layer.weight.dtype != torch.bfloat16:
+            continue
+        if not any(p.requires_grad for p in layer.parameters()) and layer.in_features % _STEP == layer.out_features % _STEP == 0:
+            names.append(name)
+    if not names:
+        raise UsageError(
+            f"train.frozen_products: {kind} finds no frozen linear layer in bfloat16, so there is nothing to multiply in 8 bits",
+            hint="choose a method that leaves the base as it is, such as lora, or set train.frozen_products=null.",
+        )
+    for name in names:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        replace(model, name, EightBitLinear(layer, kind))
+    return len(names)
