@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import weakref
 import math
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,8 @@ _PACKED = {
     ("fp4", True): 0.5 + 1 / 64 + 4 / 16384,
     ("fp4", False): 0.5 + 4 / 64,
 }
+# Bytes beside each frozen weight that is multiplied by in 8 bits: Hopper's product knows one layout, so one copy for each direction.
+_EIGHT = {"fp8": 2, "int8": 1}
 
 
 # Of what a step keeps alive, so much more stays with the process: the C library's heap is cut into pieces of many sizes.
@@ -83,7 +85,7 @@ class Estimate:
     allocator: int = 0
     copies: int = 0
     program: int = 0
-    plan: MemoryPlan = MemoryPlan()
+    plan: MemoryPlan = field(default_factory=MemoryPlan)
 
     @property
     def total(self) -> int:
@@ -100,7 +102,9 @@ def fake_model(opened: Opened, dtype: torch.dtype, mode: FakeTensorMode, task: T
         config.pad_token_id = opened.tokenizer.pad_token_id
     kernel = {"attn_implementation": attention.register()} if task.auto_model == CAUSAL_LM else {}
     with mode:
-        model = getattr(transformers, task.auto_model).from_config(config, dtype=dtype, trust_remote_code=opened.trust_remote_code, **kernel)
+        model = getattr(transformers, task.auto_model).from_config(
+            config, dtype=dtype, trust_remote_code=opened.trust_remote_code, **kernel
+        )
     fuse(model)
     return model
 
@@ -152,6 +156,8 @@ def estimate(
             weights += parameter.numel() * per
         else:
             weights += parameter.numel() * parameter.element_size()
+    copies = _EIGHT.get(recipe.train.frozen_products or "", 0)
+    weights += sum(module.weight.numel() for module in linears.values() if not module.weight.requires_grad) * copies
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     mixed = dtype == torch.bfloat16 and trains_base_weights(model)
     heap = _HEAP if on_cpu else 0.0
@@ -180,7 +186,16 @@ def estimate(
         looked = _Batch(model, task, split, longest, dtype, mixed, mode, 1 + heap).alive()
     moments.append(at("evaluation", looked.peak[1] + dense))
     model.train()
-    batch = _Batch(model, task, data.train, _largest(plan), dtype, mixed, mode, 1 + heap)
+    # A beginning that rows share is computed once, on the CPU and where no dropout would treat it alike in all of them.
+    share = on_cpu and recipe.train.fast_paths and task.auto_model == CAUSAL_LM
+    batch = _Batch(model, task, data.train, _largest(plan), dtype, mixed, mode, 1 + heap, share)
+    everything = MemoryPlan.of("recomputed" if recipe.train.gradient_checkpointing else "saved", len(layers(model)))
+    if recipe.train.gradient_checkpointing and not everything.choices:
+        checkpoint_activations(model)
+    first = batch.alive(everything)
+    if first.draws and share:
+        batch = replace(batch, share=False)
+        first = batch.alive(everything)
 
     def training(alive: _Alive, chosen: MemoryPlan) -> Estimate:
         kept = trainable * 4 if recipe.train.gradient_accumulation_steps > 1 else alive.peak[0]
@@ -188,10 +203,9 @@ def estimate(
 
     if recipe.train.memory_budget is not None:
         budget = parse_size(recipe.train.memory_budget)
-        step = _fit(batch, training, budget, max(moments, key=lambda moment: moment.total), offload=not on_cpu)
+        step = _fit(batch, first, training, budget, max(moments, key=lambda moment: moment.total), offload=not on_cpu)
     else:
-        chosen = MemoryPlan(("recomputed",) * len(layers(model))) if recipe.train.gradient_checkpointing else MemoryPlan()
-        step = training(batch.alive(chosen), chosen)
+        step = training(first, everything)
     moments.append(step)
     if method.caps.whole_model and on_cpu:
         # The weights as they are written, and the model as it is read back to be compared.
@@ -199,22 +213,30 @@ def estimate(
     return replace(max(moments, key=lambda moment: moment.total), plan=step.plan)
 
 
-def _fit(batch: _Batch, training: Callable[[_Alive, MemoryPlan], Estimate], budget: int, other: Estimate, *, offload: bool) -> Estimate:
+def _fit(
+    batch: _Batch,
+    alive: _Alive,
+    training: Callable[[_Alive, MemoryPlan], Estimate],
+    budget: int,
+    other: Estimate,
+    *,
+    offload: bool,
+) -> Estimate:
     """The need of training with as little recomputation as fits into ``budget`` bytes.
 
     Args:
+        alive: in a pass with every layer saved. ``training``: the need of a pass.
         other: the most demanding moment but training.
 
     Raises:
         OutOfMemoryError: nothing fits.
     """
     count = len(layers(batch.model))
-    everything = MemoryPlan(("saved",) * count)
-    alive = batch.alive(everything)
+    everything = MemoryPlan.of("saved", count)
     found = training(alive, everything)
     if found.total <= budget and other.total <= budget:
         return found
-    costs, between, below = _costs(alive, batch.alive(MemoryPlan(("recomputed",) * count)))
+    costs, between, below = _costs(alive, batch.alive(MemoryPlan.of("recomputed", count)))
     # Beside the pass itself, and the layers' part of it.
     room = budget - (found.total - alive.highest_weight) - below
     least = MemoryPlan(smallest(costs, between, offload=offload))
@@ -229,7 +251,9 @@ def _fit(batch: _Batch, training: Callable[[_Alive, MemoryPlan], Estimate], budg
         room = min(room, peak(costs, choices, between)) - (found.total - budget)
     need = max(training(batch.alive(least), least), other, key=lambda moment: moment.total)
     enough = math.ceil(need.total / 1e8) / 10
-    whatever = f"with the least that layers can keep ({least})" if need.moment == "training" else f"whatever is recomputed, in {need.moment}"
+    whatever = (
+        f"with the least that layers can keep ({least})" if need.moment == "training" else f"whatever is recomputed, in {need.moment}"
+    )
     raise OutOfMemoryError(
         f"train.memory_budget: {size(budget)} is too little: {whatever} the run needs {size(need.total)}",
         hint=f"set train.memory_budget to {enough:g}GB, lower train.batch_size (and raise train.gradient_accumulation_steps) or "
@@ -274,6 +298,7 @@ class _Alive(TorchDispatchMode):
     Attributes:
         peak: (bytes of gradients, bytes of everything else) at the moment with the most.
         highest: the most that counted in each part of the pass: (``forward`` or ``backward``, layer), or (``between``, 0).
+        draws: random numbers are drawn.
         started, left, work: by layer: what counted before it, what it left behind, and its floating-point operations.
     """
 
@@ -282,7 +307,7 @@ class _Alive(TorchDispatchMode):
         self.seen, self.factor = known, factor
         self.now = self.gradients = 0
         self.peak = (0, 0)
-        self.part = ("before", 0)
+        self.part, self.draws = ("before", 0), False
         self.highest: defaultdict[tuple[str, int], float] = defaultdict(float)
         self.started: dict[int, float] = {}
         self.left: defaultdict[int, float] = defaultdict(float)
@@ -293,6 +318,7 @@ class _Alive(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage())
+        self.draws = self.draws or torch.Tag.nondeterministic_seeded in func.tags
         if self.part[0] == "forward" and func._overloadpacket in flop_registry:
             self.work[self.part[1]] += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
         return out
@@ -359,7 +385,7 @@ class _Alive(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class _Batch:
-    """A pass over some rows, backward where gradients are on. ``factor``: see :class:`_Alive`."""
+    """A pass over some rows, backward where gradients are on. ``factor``: see :class:`_Alive`; ``share``: see :class:`Layout`."""
 
     model: Any
     task: Task[Any]
@@ -369,11 +395,12 @@ class _Batch:
     mixed: bool
     mode: FakeTensorMode
     factor: float
+    share: bool = False
 
     def alive(self, plan: MemoryPlan | None = None) -> _Alive:
         """What is alive in the pass, with layers recomputed as ``plan`` says."""
         # Rows of text lie end to end wherever the model allows it; only a model with weights can tell.
-        layout = Layout(self.task.auto_model == CAUSAL_LM, 0)
+        layout = Layout(self.task.auto_model == CAUSAL_LM, 0, share=self.share)
         batch = _fake(self.task.batch(self.split, self.rows, layout), self.mode)
         alive = _Alive({p.untyped_storage()._cdata for p in self.model.parameters()}, self.factor)
         if plan is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftcli.data.batching import Plan
 from peftcli.data.prepare import Prepared, prepare
+from peftcli.errors import OutOfMemoryError
 from peftcli.estimate import Estimate, estimate, fake_model
 from peftcli.kernels import fast
 from peftcli.methods import registry
@@ -20,10 +21,12 @@ from peftcli.model.load import Opened, open_base
 from peftcli.plan import make_plan
 from peftcli.recipe.load import LoadedRecipe
 from peftcli.recipe.schema import Recipe
-from peftcli.result import default_device
 from peftcli.report.gates import refuse_unmeasured
+from peftcli.report.text import size
+from peftcli.result import default_device
 from peftcli.tasks import registry as tasks
 from peftcli.tasks.base import Task
+from peftcli.train.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,25 @@ class Forecast:
             program=self.program,
             files=_bytes(self.opened),
             gguf=self.opened.source.gguf_file is not None,
+        )
+
+    def ran_out(self, recipe: Recipe, step: int, last: Checkpoint | None) -> OutOfMemoryError:
+        """What to say when memory ran out in optimizer step ``step``: what was asked for, as far as it can be planned, and what to change.
+
+        Args:
+            last: the newest checkpoint, where there is one.
+        """
+        program = psutil.Process().memory_info().rss if self.device.type == "cpu" else 0
+        # The process already holds the model; only what Python and the libraries take is left to guess, and so left out.
+        need = replace(self, program=0).need(recipe.model_copy(update={"train": recipe.train.model_copy(update={"memory_budget": None})}))
+        parts = ("weights", "gradients", "optimizer", "activations", "allocator", "copies")
+        told = ", ".join(f"{part} {size(getattr(need, part))}" for part in parts if getattr(need, part))
+        held = f"; this process holds {size(program)}" if program else ""
+        return OutOfMemoryError(
+            f"memory ran out in step {step}; the plan needs {size(need.total)}, during {need.moment} ({told}){held}",
+            hint="lower train.batch_size (and raise train.gradient_accumulation_steps), lower dataset.max_length, set "
+            "train.memory_budget or train.gradient_checkpointing=true, or base_model.quantization=nf4; `peftcli check RECIPE` estimates "
+            "each." + (f" The last good checkpoint is {last.folder}." if last else ""),
         )
 
     def plan(self, recipe: Recipe) -> Plan:

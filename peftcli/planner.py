@@ -10,12 +10,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
-__all__ = ["Choice", "LayerCost", "MemoryPlan", "apply", "choose", "layers", "peak", "smallest"]
+__all__ = ["CHOICES", "Choice", "LayerCost", "MemoryPlan", "apply", "choose", "layers", "peak", "smallest"]
 
 Choice = Literal["saved", "recomputed", "offloaded"]
 CHOICES: tuple[Choice, ...] = ("saved", "recomputed", "offloaded")
@@ -50,6 +50,11 @@ class MemoryPlan:
     """A choice for each layer, in the order in which they run."""
 
     choices: tuple[Choice, ...] = ()
+
+    @classmethod
+    def of(cls, choice: Choice, count: int) -> MemoryPlan:
+        """The same choice for ``count`` layers."""
+        return cls((choice,) * count)
 
     def count(self, choice: Choice) -> int:
         """How many layers are so."""
@@ -99,7 +104,8 @@ def smallest(costs: Sequence[LayerCost], between: float, *, offload: bool) -> tu
 
 def _ladder(costs: Sequence[LayerCost], between: float, *, offload: bool) -> Iterator[tuple[Choice, ...]]:
     """Choices with ever more work, one layer more at a time; offloading starts from the best that recomputing can do."""
-    best = now = ("saved",) * len(costs)
+    best = MemoryPlan.of("saved", len(costs)).choices
+    now = best
     yield now
     for instead in CHOICES[1 : 3 if offload else 2]:
         now = best
@@ -120,13 +126,13 @@ def _worth(cost: LayerCost, old: Choice, new: Choice) -> float:
 
 def _given_back(costs: Sequence[LayerCost], choices: tuple[Choice, ...], between: float, budget: float) -> tuple[Choice, ...]:
     """``choices`` without the work that turns out not to be needed: a large layer that came last may have made smaller ones needless."""
-    for index in sorted(range(len(costs)), key=lambda index: (-costs[index].work, -index)):
-        for cheaper in CHOICES[: CHOICES.index(choices[index])]:
-            fewer = (*choices[:index], cheaper, *choices[index + 1 :])
-            if peak(costs, fewer, between) <= budget:
-                choices = fewer
-                break
-    return choices
+    order = sorted(range(len(costs)), key=lambda index: (-costs[index].work, -index))
+    while True:
+        fewer = ((*choices[:i], cheaper, *choices[i + 1 :]) for i in order for cheaper in CHOICES[: CHOICES.index(choices[i])])
+        found = next((other for other in fewer if peak(costs, other, between) <= budget), None)
+        if found is None:
+            return choices
+        choices = found
 
 
 def layers(model: nn.Module) -> dict[str, Any]:
@@ -153,6 +159,10 @@ def apply(model: nn.Module, plan: MemoryPlan, *, enable: Callable[[Any], None]) 
     assert len(own) == len(plan.choices), "a plan of another model"
     if plan.count("saved") < len(own):
         enable(model)
+    for module in model.modules():
+        # Only layers recompute. The stacks around them would compute a little differently (T5's).
+        if hasattr(module, "gradient_checkpointing"):
+            cast(Any, module).gradient_checkpointing = False
     for layer, choice in zip(own, plan.choices, strict=True):
         layer.gradient_checkpointing = choice != "saved"
         if choice == "offloaded":

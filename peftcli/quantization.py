@@ -33,7 +33,7 @@ def _bitsandbytes() -> Any:
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether ``module`` is a linear layer that stores its weight in 4 or 8 bits."""
-    return any(kind.__module__.startswith("bitsandbytes.") for kind in type(module).__mro__)
+    return type(module).__module__.startswith("bitsandbytes.")
 
 
 @functools.cache
@@ -48,6 +48,8 @@ def _linear4bit() -> Any:
     bnb = _bitsandbytes()
 
     class Linear4bit(bnb.nn.Linear4bit):  # type: ignore[misc, name-defined]
+        __module__ = bnb.nn.Linear4bit.__module__  # checks by class, ours and other libraries', stay as they are
+
         def frozen_product(self, x: torch.Tensor) -> Product | None:
             """How it multiplies ``x``; ``None`` where that is left to bitsandbytes."""
             state = self.weight.quant_state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,8 +18,8 @@ from peftcli import environment, output, planner
 from peftcli import lock as locks
 from peftcli.account import make_report
 from peftcli.data.prepare import Prepared, prepare
-from peftcli.data.splits import Split
-from peftcli.errors import CheckFailed, CheckpointError, DataError, OutOfMemoryError, PeftcliError
+from peftcli.data.splits import unseen_tokens
+from peftcli.errors import CheckFailed, CheckpointError, DataError, PeftcliError
 from peftcli.estimate import CHECK_ROWS, Estimate
 from peftcli.evaluate import Evaluator, Scores
 from peftcli.forecast import Forecast
@@ -152,7 +152,8 @@ class _Run:
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                told = self._out_of_memory(loop)
+                seen = Forecast(self.opened, self.task, self.data, 0)
+                told = seen.ran_out(self.recipe, loop.progress.step + 1, checkpoints.newest(loop.folder)[0])
                 self._report_unfinished(loop, told)
                 raise told from error
             except BaseException:
@@ -199,7 +200,7 @@ class _Run:
         self.display.audit(data.audit.to_dict())
         for note in data.audit.notes:
             self.display.warn(note)
-        if unseen := _unseen(opened.new_token_ids, data.train):
+        if unseen := unseen_tokens(data.train, opened.new_token_ids):
             names = ", ".join(opened.tokenizer.convert_ids_to_tokens(sorted(unseen)))
             raise DataError(f"base_model.new_tokens: {names} occurs in no training row, so its embedding would stay as it is")
         self.state.wait_for_everyone()
@@ -323,7 +324,7 @@ class _Run:
             plan=plan,
             settings=recipe.train,
             total_steps=total_steps,
-            layout=replace(self.layout, share=self._shares()),
+            layout=replace(self.layout, share=self._shares(), grouped=self.state.device.type == "cpu"),
             evaluate=lambda: self._scores(self.evaluator).logged() if self.evaluator is not None else None,
             metrics=writer,
             display=self.display,
@@ -389,7 +390,7 @@ class _Run:
                 *sorted(p for p in saved.iterdir() if p.is_file()),
             ]
             files = hash_files(self.folder, [path.relative_to(self.folder) for path in written])
-        report = make_report(self.recipe, self.base, self.data, loop, status=status, peak=self.peak, need=self.need, after=after, check=check, files=files)
+        report = self._account(loop, status, after=after, check=check, files=files)
         self._write(report)
         if check is not None and not check.passed:
             raise CheckFailed(
@@ -398,38 +399,14 @@ class _Run:
             )
         return report
 
-    def _out_of_memory(self, loop: Loop) -> OutOfMemoryError:
-        """What was asked for, as far as it can be planned, and what to change."""
-        program = psutil.Process().memory_info().rss if self.state.device.type == "cpu" else 0
-        # The process already holds the model; only what Python and the libraries take is left to guess, and so left out.
-        need = Forecast(self.opened, self.task, self.data, 0).need(self.recipe)
-        parts = ("weights", "gradients", "optimizer", "activations", "allocator", "copies")
-        told = ", ".join(f"{part} {size(getattr(need, part))}" for part in parts if getattr(need, part))
-        held = f"; this process holds {size(program)}" if program else ""
-        last, _ = checkpoints.newest(loop.folder)
-        return OutOfMemoryError(
-            f"memory ran out in step {loop.progress.step + 1}; the plan needs {size(need.total)}, during {need.moment} ({told}){held}",
-            hint="lower train.batch_size (and raise train.gradient_accumulation_steps), lower dataset.max_length, set "
-            "train.gradient_checkpointing=true, or base_model.quantization=nf4; `peftcli check RECIPE` estimates each."
-            + (f" The last good checkpoint is {last.folder}." if last else ""),
-        )
-
     def _report_unfinished(self, loop: Loop, error: BaseException) -> None:
         """A run that did not end well leaves a report too, without a result."""
         loop.close()
         interrupted = isinstance(error, Interrupted)
-        self._write(
-            make_report(
-                self.recipe,
-                self.base,
-                self.data,
-                loop,
-                status="interrupted" if interrupted else "failed",
-                peak=self.peak,
-                need=self.need,
-                error=str(error),
-            )
-        )
+        self._write(self._account(loop, "interrupted" if interrupted else "failed", error=str(error)))
+
+    def _account(self, loop: Loop, status: rs.Status, **more: Any) -> rs.Report:
+        return make_report(self.recipe, self.base, self.data, loop, status=status, peak=self.peak, need=self.need, **more)
 
     def _write(self, report: rs.Report) -> None:
         if self.state.is_main_process:
@@ -462,16 +439,6 @@ def _find_checkpoint(folder: Path, display: Display) -> checkpoints.Checkpoint:
             hint="train.save_steps writes them; start without --resume.",
         )
     return found
-
-
-def _unseen(new_tokens: Sequence[int], split: Split) -> set[int]:
-    """The new tokens that occur in no row."""
-    left = set(new_tokens)
-    for row in range(len(split.origins) if left else 0):
-        left.difference_update(split.all_ids(row).tolist())
-        if not left:
-            break
-    return left
 
 
 def _adapter_folder(path: Path) -> Path:

@@ -23,9 +23,9 @@ RESULTS = ROOT / "scripts" / "results" / "repeat.json"
 ENVIRONMENTS: dict[str, dict[str, str]] = {
     "the same": {},
     "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
-    "no vector instructions of torch": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
+    "SSE": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
     "2 threads": {},
-}  # fmt: skip
+}
 
 
 def measure(model: str, dtype: str, settings: list[str], work: Path) -> dict[str, Any]:
@@ -48,7 +48,8 @@ def measure(model: str, dtype: str, settings: list[str], work: Path) -> dict[str
 
 def _peftcli(words: list[str], variables: dict[str, str]) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
-    done = subprocess.run([sys.executable, "-m", "peftcli", *words], env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "peftcli", *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
         raise SystemExit(f"peftcli {words[0]} ended with {done.returncode}: {done.stderr[-2000:]}")
     return done.stdout

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python scripts/soak.py                                  # everything, as `make soak` does
     OMP_NUM_THREADS=1 python scripts/soak.py --methods lora full --kills 20   # less of it
-    OMP_NUM_THREADS=1 python scripts/soak.py --kills 0                        # no kills
+    OMP_NUM_THREADS=1 python scripts/soak.py --methods                        # no kills
 
 The counts are written to scripts/results/soak.json as they come, beside those of the parts that are not tried this time. The exit
 code is 1 where anything was lost, passed in silence, or ended in a traceback.
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import importlib
+import itertools
 import json
 import os
 import random
@@ -21,7 +23,7 @@ import struct
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,12 @@ import kills
 import yaml
 from kills import ROOT, helpers
 
-from peftcli.errors import CheckpointError, PeftcliError
+from peftcli.errors import CheckpointError, PeftcliError, RecipeError
 from peftcli.interchange import hf_peft
 from peftcli.methods import registry
+from peftcli.recipe import parse_recipe
+from peftcli.recipe.render import dump_recipe
+from peftcli.recipe.tasks import TASKS
 from peftcli.train import checkpoint as checkpoints
 
 sys.path.insert(0, str(ROOT / "tests" / "recipe"))
@@ -46,9 +51,9 @@ def recipes(wanted: int, draw: random.Random) -> Count:
     fuzz: Any = importlib.import_module("test_recipe_fuzz")
     found: collections.Counter[str] = collections.Counter(generated=0, valid=0, refused=0, tracebacks=0)
     faults: list[str] = []
-    document = yaml.safe_load(fuzz.FULL)
+    documents = _documents()
     for _ in range(wanted):
-        text = _recipe(fuzz, document, draw)
+        text = _recipe(fuzz, draw.choice(documents), draw)
         found["generated"] += 1
         try:
             found["refused" if fuzz.outcome(text) is None else "valid"] += 1
@@ -58,14 +63,25 @@ def recipes(wanted: int, draw: random.Random) -> Count:
     return {**found, "faults": faults[:20]}
 
 
-def _recipe(fuzz: Any, document: Any, draw: random.Random) -> str | bytes:
+def _documents() -> list[str]:
+    """A valid recipe of each method for each task that takes it, with every default written out."""
+    found = []
+    for method, task in itertools.product(registry.names(), TASKS):
+        base = "{name: m, quantization: nf4}" if method == "qlora" else "m"
+        text = f"base_model: {base}\nmethod: {method}\ntask: {task}\ndataset: rows.jsonl\n"
+        with contextlib.suppress(RecipeError):
+            found.append(dump_recipe(parse_recipe(text).recipe))
+    return found
+
+
+def _recipe(fuzz: Any, document: str, draw: random.Random) -> str | bytes:
     kind = draw.randrange(4)
     if kind < 2:
-        changed = document
+        changed = yaml.safe_load(document)
         for _ in range(draw.randrange(1, 6)):
             changed = fuzz.mutate(changed, draw)
         return json.dumps(changed) if kind else str(yaml.safe_dump(changed, allow_unicode=True))
-    data: bytes = fuzz.FULL.encode()
+    data = document.encode()
     start = draw.randrange(len(data))
     noise = bytes(draw.randrange(256) for _ in range(draw.randrange(1, 5)))
     return data[:start] + noise + (data[start + draw.randrange(8) :] if kind == 2 else b"")
@@ -203,11 +219,30 @@ def corrupted(wanted: int, draw: random.Random, work: Path) -> Count:
     return {**found, "faults": faults[:20]}
 
 
+def _killed(options: argparse.Namespace) -> list[tuple[str, int, list[str], dict[str, Any]]]:
+    """What is killed: its name in the results, how often, the methods in turn, and how the runs are started."""
+
+    def among(names: Sequence[str]) -> list[str]:
+        return [name for name in names if name in options.methods]
+
+    half = options.kills_of_the_command // 2
+    return [
+        *((family, options.kills, among(methods), {}) for family, methods in kills.FAMILIES.items()),
+        ("two processes", options.kills_in_two, among(kills.IN_TWO), {"processes": 2}),
+        ("the command", options.kills_of_the_command - half, among(kills.COMMAND), {"command": True}),
+        ("the command, two processes", half, among(kills.COMMAND), {"command": True, "processes": 2}),
+    ]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run what the command line asks for; see the module's head."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--methods", nargs="*", default=list(registry.names()), metavar="NAME", help="methods whose runs are killed")
-    parser.add_argument("--kills", type=int, default=200, help="for each method")
+    parser.add_argument("--kills", type=int, default=200, help="for each family of methods")
+    parser.add_argument("--kills-in-two", type=int, default=60, help="of runs in two processes")
+    parser.add_argument(
+        "--kills-of-the-command", type=int, default=20, help="of `peftcli train` as a program of its own, half of them in two processes"
+    )
     parser.add_argument("--recipes", type=int, default=10_000)
     parser.add_argument("--adapters", type=int, default=10_000)
     parser.add_argument("--checkpoints", type=int, default=1_000)
@@ -226,11 +261,12 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="peftcli-soak-") as aside:
         work = Path(aside)
         # Kills first: the forks need a parent that has not computed anything.
-        for method in options.methods if options.kills else ():
-            found["kills"][method] = kills.soak(method, options.kills, work / method, seed=options.seed)
-            shutil.rmtree(work / method)
-            write()
-            print(method, {name: value for name, value in found["kills"][method].items() if name != "faults"}, flush=True)
+        for name, wanted, methods, more in _killed(options):
+            if methods and wanted:
+                found["kills"][name] = kills.soak(methods, wanted, work / "kills", seed=options.seed, **more)
+                shutil.rmtree(work / "kills")
+                write()
+                print(name, {key: value for key, value in found["kills"][name].items() if key != "faults"}, flush=True)
         parts: list[tuple[str, int, Callable[[int, random.Random], Count]]] = [
             ("recipes", options.recipes, recipes),
             ("adapters", options.adapters, lambda wanted, draw: adapters(wanted, draw, work)),

@@ -26,8 +26,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 TARGETS = ("quickstart", "test", "check", "format", "clean", "help")
 # Import name -> distribution, where they differ.
 DISTRIBUTION = {"lm_eval": "lm-eval", "sklearn": "scikit-learn", "yaml": "pyyaml"}
-# Extras that hand a result to another tool, which brings a set of its own.
-UNPINNED = {"lm-eval"}
+# Extras that hand a result to another tool, which brings a set of its own, or whose version torch decides.
+UNPINNED = {"gpu", "lm-eval"}
 ALLOWED_TOP = {"pyproject.toml", "README.md", "Makefile", "LICENSE", "peftcli", "recipes", "tests", "scripts"}
 
 

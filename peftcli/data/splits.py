@@ -207,3 +207,13 @@ class TaggedSplit(Split):
     def tags(self, row: int) -> Ids:
         """The label's index of each word of row number ``row``."""
         return self.targets[row][self.places[row]]
+
+
+def unseen_tokens(split: Split, tokens: Sequence[int]) -> set[int]:
+    """Those of ``tokens`` that occur in no row."""
+    left = set(tokens)
+    for row in range(len(split.origins) if left else 0):
+        left.difference_update(split.all_ids(row).tolist())
+        if not left:
+            break
+    return left

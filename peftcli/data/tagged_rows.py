@@ -223,9 +223,10 @@ class TaggedRows(RowKind[Fitted]):
         for item in items:
             strange = [tag for tag in dict.fromkeys(item.tags) if tag not in place]
             if strange:
-                near = nearest(strange[0], list(place))
-                more = f"; did you mean {near!r}?" if near else f" ({', '.join(list(place)[:_MOST_LABELS_SHOWN])})"
-                what = f"{' and '.join(map(repr, strange))} {'is' if len(strange) == 1 else 'are'} none of the {len(place)} tags{more}"
+                near = {tag: nearest(tag, list(place)) for tag in strange}
+                first, *others = sorted(strange, key=lambda tag: near[tag] is None)
+                more = f"; did you mean {near[first]!r}?" if near[first] else f" ({', '.join(list(place)[:_MOST_LABELS_SHOWN])})"
+                what = f"{first!r} is none of the {len(place)} tags{more}" + (f" Nor is {', '.join(map(repr, others))}." if others else "")
                 faults.add(what, at=item.origin, hint="list all of them: task.labels")
                 found.faulty.append(item.origin)
                 continue

@@ -256,8 +256,9 @@ def _attend(
     if short:
         out = _short_attention(parts[0], parts[1], parts[2], mask, scaling, causal)
     else:
+        grouped = heads > key.shape[1]
         out = F.scaled_dot_product_attention(
-            parts[0], parts[1], parts[2], attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=heads > key.shape[1]
+            parts[0], parts[1], parts[2], attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
         )[:, :, extra:]
     return out.transpose(1, 2).reshape(rows * length, heads, -1)
 

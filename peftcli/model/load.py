@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from peftcli.recipe.schema import BaseModelSection
 from peftcli.tasks.base import Head
 
 CAUSAL_LM, SEQ2SEQ = "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @dataclass
@@ -154,9 +156,10 @@ def open_base(
     Raises:
         ModelError: it cannot be found or read.
     """
-    if trust_remote_code and section.revision is None:
+    if trust_remote_code and not _COMMIT.fullmatch(section.revision or ""):
+        # A branch or a tag may hold other code tomorrow.
         raise ModelError(
-            "remote code is only run at a pinned base_model.revision", hint="set base_model.revision to a commit of the model."
+            "remote code is only run at a pinned base_model.revision", hint="set base_model.revision to a commit of the model, 40 digits."
         )
     device = torch.device(device)
     source = resolve(section.name, base_dir)

@@ -14,8 +14,10 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from peftcli.data.batching import by_length
 from peftcli.data.kinds import RowKind
 from peftcli.data.splits import Split
+from peftcli.kernels import fast
 from peftcli.methods.base import Loss
 from peftcli.recipe.schema import DatasetSection
 from peftcli.recipe.tasks import TaskSection
@@ -36,12 +38,14 @@ class Layout:
         pad_id: the token of the padding.
         device: where the tensors go.
         share: packed rows that begin alike hold that beginning once.
+        grouped: padded rows of a step go in several batches, each of similar lengths.
     """
 
     packed: bool
     pad_id: int
     device: torch.device | str = "cpu"
     share: bool = False
+    grouped: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,17 @@ class Task(ABC, Generic[S]):
     def shares(self, model: nn.Module, vocabulary: int) -> bool:
         """Whether packed rows that begin alike may hold that beginning once in training, found by trying."""
         return False
+
+    def groups(self, rows: Sequence[int], widths: Sequence[Sequence[int]], layout: Layout) -> list[list[int]]:
+        """The rows of one micro step as batches that follow each other; a row's loss does not depend on those beside it.
+
+        Args:
+            widths: of the split.
+        """
+        if layout.packed or not layout.grouped or len(rows) < 2:
+            return [list(rows)]
+        groups = by_length(rows, widths)
+        return groups if len(groups) == 1 or fast.take("rows of similar lengths padded together") else [list(rows)]
 
     @abstractmethod
     def batch(self, split: Split, rows: Sequence[int], layout: Layout, *, silent: bool = False) -> Any:

@@ -93,6 +93,10 @@ class KTOTask(AnswerTask[options.KTOTask]):
     def module(self, model: nn.Module) -> KTO:
         return KTO(model, self.section)
 
+    def groups(self, rows: Sequence[int], widths: Sequence[Sequence[int]], layout: Layout) -> list[list[int]]:
+        """All together: what an answer gains is measured from the mean over the batch."""
+        return [list(rows)]
+
     def batch(self, split: Split, rows: Sequence[int], layout: Layout, *, silent: bool = False) -> JudgedBatch:
         assert isinstance(split, TwoSplit)
         own, others = (

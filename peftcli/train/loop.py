@@ -7,10 +7,11 @@ of its units, counted over all accumulation steps and processes. The counts are 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,10 +125,11 @@ class Loop:
         scale = accelerator.num_processes / max(1, supervised)
         total = torch.zeros((), device=accelerator.device, dtype=torch.float64)
         parts: dict[str, torch.Tensor] = {}
-        for index, micro in enumerate(share):
+        batches = [group for micro in share for group in self.task.groups(micro, self._widths, self.layout)]
+        for index, micro in enumerate(batches):
             self._heap.before_batch(sum(self.plan.lengths[row] for row in micro))
             batch = self.task.batch(self.split, micro or step.rows[:1], self.layout, silent=not micro)
-            final = index == len(share) - 1
+            final = index == len(batches) - 1
             with contextlib.nullcontext() if final else accelerator.no_sync(self.module):
                 loss = self.method.loss(self.module, batch)
                 accelerator.backward(loss.total * scale)
@@ -154,6 +156,10 @@ class Loop:
         progress.position += 1
         progress.tokens += sum(self.plan.lengths[row] for row in rows)
         progress.supervised_tokens += supervised
+
+    @functools.cached_property
+    def _widths(self) -> tuple[Sequence[int], ...]:
+        return self.split.widths
 
     def _settle(self) -> None:
         """Read the figures that are on their way, and count them.

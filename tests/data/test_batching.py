@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftcli.data.batching import Plan, collate
+from peftcli.data.batching import Plan, by_length, collate
 from peftcli.errors import UsageError
 
 
@@ -146,3 +146,21 @@ def test_a_silent_batch_carries_no_loss() -> None:
     batch = collate([np.arange(5, dtype=np.int32)], [np.ones(5, dtype=np.bool_)], packed=True, silent=True)
     assert batch.positions.numel() == batch.targets.numel() == 0
     assert batch.positions.dtype == torch.int64
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 400), st.integers(1, 400)), min_size=1, max_size=40),
+    parts=st.integers(1, 2),
+    seed=st.integers(0, 99),
+)
+def test_rows_of_similar_lengths_go_together(lengths: list[tuple[int, int]], parts: int, seed: int) -> None:
+    widths = [[pair[part] for pair in lengths] for part in range(parts)]
+    rows = list(np.random.default_rng(seed).permutation(len(lengths)))
+    groups = by_length(rows, widths)
+    assert sorted(row for group in groups for row in group) == sorted(rows)
+    assert groups == by_length(sorted(rows), widths)  # whatever their order
+    for group in groups:
+        tokens = sum(width[row] for row in group for width in widths)
+        padded = sum(max(width[row] for row in group) for width in widths) * len(group)
+        assert padded <= max(1.25 * tokens, 256) or len(group) == 1

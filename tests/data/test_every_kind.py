@@ -93,7 +93,7 @@ KINDS = {
         lambda config: TaggedRows(config, tokenizer(), ("O", "B-COL"), "first"),
         lambda i, j: {"tokens": ["ask", str(i)], "tags": ["O", ("O", "B-COL", "O")[j % 3]]},
         ({"tokens": ["a"], "tags": ["O", "O"]}, "tokens and tags: 1 words and 2 tags"),
-        ({"tokens": ["a", "b"], "tags": ["B-KOL", "X"]}, "'B-KOL' and 'X' are none of the 2 tags; did you mean 'B-COL'?"),
+        ({"tokens": ["a", "b"], "tags": ["X", "B-KOL"]}, "'B-KOL' is none of the 2 tags; did you mean 'B-COL'? Nor is 'X'."),
     ),
     "text to text": Kind(
         lambda config: Seq2SeqRows(config, tokenizer(), None),

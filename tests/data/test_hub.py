@@ -4,6 +4,7 @@ it is asked for, errors of the library and of the line become messages, and a pi
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -15,6 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -25,7 +28,15 @@ def lines(count: int, padding: int = 0) -> bytes:
     return b"".join(json.dumps({"prompt": f"{i}:", "completion": " a", "x": "y" * padding}).encode() + b"\n" for i in range(count))
 
 
+def parquet(count: int) -> bytes:
+    stream = io.BytesIO()
+    table = pa.table({"prompt": [f"{i}:" for i in range(count)], "completion": [" a"] * count, "x": [""] * count})
+    pq.write_table(table, stream, row_group_size=10)
+    return stream.getvalue()
+
+
 REPOSITORIES = {
+    "owner/parquet": {"data/train-00000-of-00002.parquet": parquet(25), "data/train-00001-of-00002.parquet": parquet(15)},
     "owner/large": {"train.jsonl": lines(600, 100_000), "test.jsonl": lines(3)},
     "owner/small": {"train.jsonl": lines(40)},
     "owner/broken": {"train.jsonl": lines(30) + b'{"prompt": "cut o\n' + lines(5)},
@@ -77,8 +88,13 @@ class Hub(BaseHTTPRequestHandler):
         elif (found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/(revision|tree)/[^/]+(/.*)?)?", path)) and found[1] in REPOSITORIES:
             files = REPOSITORIES[found[1]]
             if found[2] == "tree":
-                listed = files if not found[3] else {}
-                self._json([{"type": "file", "path": n, "size": len(c), "oid": hashlib.sha1(c).hexdigest()} for n, c in listed.items()])
+                folder = f"{(found[3] or '').strip('/')}/".lstrip("/")
+                listed = {name: content for name, content in files.items() if name.startswith(folder) and "/" not in name[len(folder) :]}
+                inside = {name[: name.index("/", len(folder))] for name in files if name.startswith(folder) and name not in listed}
+                self._json(
+                    [{"type": "directory", "path": name, "oid": "0" * 40} for name in sorted(inside)]
+                    + [{"type": "file", "path": n, "size": len(c), "oid": hashlib.sha1(c).hexdigest()} for n, c in listed.items()]
+                )
             else:
                 self._json({"id": found[1], "sha": COMMIT, "siblings": [{"rfilename": name} for name in files], "private": False})
         else:
@@ -129,6 +145,7 @@ def test_a_dataset_of_the_hub_is_read_as_it_comes(hub: ThreadingHTTPServer, tmp_
         {**small, "streaming": True},
         {**small, "streaming": True},
         {**small, "streaming": False},
+        {"train": "owner/parquet", "streaming": True},
         {"train": "owner/broken", "streaming": True, "on_error": "skip"},
         {"train": "owner/nothing", "streaming": True},
     ]
@@ -145,7 +162,9 @@ def test_a_dataset_of_the_hub_is_read_as_it_comes(hub: ThreadingHTTPServer, tmp_
         [sys.executable, "-c", ASK, json.dumps(sections)], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    large, first, second, whole, broken, nothing = map(json.loads, done.stdout.splitlines()[-6:])
+    large, first, second, whole, published, broken, nothing = map(json.loads, done.stdout.splitlines()[-7:])
+    assert [text.split(":")[0] for text in published["texts"]] == [str(i) for i in (*range(25), *range(15))]
+    assert published["origins"] == [f"owner/parquet/train[{index}]" for index in range(40)]
     assert large["kind"] == "StoredText"
     assert large["origins"] == [f"owner/large/train[{index}]" for index in range(20)]
     assert large["held_out"] == [f"owner/large/test[{index}]" for index in range(3)]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcli.errors import RecipeError, UsageError
+from peftcli.forecast import forecast
 from peftcli.kernels import eight_bit, fast, native
 from peftcli.kernels.eight_bit import EightBitLinear, Float8, Int8, reference_multiply, reference_quantize, unfit
 from peftcli.model.eight_bit import multiply_in_8_bits
@@ -86,6 +87,21 @@ def test_no_row_depends_on_those_beside_it(kind: str) -> None:
     together = product.times(rows, None)
     assert error(together[:20], apart[0]) <= 4e-3
     assert error(together[26:], apart[1][6:]) <= 4e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_of_one_input_round_it_once_and_never_use_what_it_was_before(kind: str) -> None:
+    one, two, rows = KINDS[kind](draw(48, 64, seed=1)), KINDS[kind](draw(16, 64, seed=5)), draw(40, 64, seed=2)
+    with mock.patch.object(KINDS[kind], "_quantize", autospec=True, side_effect=KINDS[kind]._quantize) as rounded:
+        one.times(rows, None)
+        before = two.times(rows, None)
+        assert rounded.call_count == 1
+        rows[3] *= 2
+        after = two.times(rows, None)
+        assert rounded.call_count == 2
+        assert torch.equal(two.times(rows.clone(), None), after)
+        assert rounded.call_count == 3
+    assert torch.equal(after[3], before[3] * 2)
 
 
 def test_compiled_rounding_equals_the_plain_one_to_the_last_bit() -> None:
@@ -174,6 +190,17 @@ def test_a_run_from_a_recipe(kind: str, tiny_folders: dict[str, Path], tiny_data
     assert report.status == "completed"  # the saved adapter gives the loss of the trained one, both over the dense base
     record = json.loads((tmp_path / "out" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert record["loss"] > 0
+
+
+def test_the_memory_estimate_knows_the_copies(tiny_folders: dict[str, Path], tiny_data: Path, tmp_path: Path) -> None:
+    text = helpers.recipe_for(tiny_folders["llama"], tiny_data, tmp_path / "out")
+    weights = {}
+    for kind in ("null", "int8", "fp8"):
+        loaded = parse_recipe(text, "recipe.yaml", ["base_model.dtype=bfloat16", f"train.frozen_products={kind}"])
+        weights[kind] = forecast(loaded).need(loaded.recipe).weights
+    linear = 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128)
+    assert weights["int8"] - weights["null"] == linear
+    assert weights["fp8"] - weights["null"] == 2 * linear
 
 
 def test_refusals(tiny_folders: dict[str, Path], tiny_data: Path, tmp_path: Path) -> None:

@@ -274,3 +274,19 @@ def test_recipes_that_cannot_work_are_refused(models: dict[str, Path], tmp_path:
     chat = text.replace("task: sequence_classification", "task: causal_lm")
     with pytest.raises(RecipeError, match="has no fresh output layer"):
         parse_recipe(chat, "r.yaml", ["train.head_learning_rate=1e-2"])
+
+
+def test_batches_of_similar_lengths_are_one_step(models: dict[str, Path], tmp_path: Path) -> None:
+    """One batch padded to its longest row, or several that pad less: the same gradients, so the same run but for rounding."""
+    rows = [{"text": WORDS[i % 3] + " please" * (70 if i % 5 == 0 else i % 3), "label": WORDS[i % 3]} for i in range(40)]
+    classifiers.write(tmp_path / "rows.jsonl", rows)
+    text = recipe(models["bert"], tmp_path, tmp_path / "fast")
+    settings = (f"dataset.train={tmp_path / 'rows.jsonl'}", "dataset.eval=null", "train.batch_size=10", "train.max_steps=6")
+    fast = helpers.run(text, *settings)
+    plain = helpers.run(text, *settings, "train.fast_paths=false", f"output_dir={tmp_path / 'plain'}")
+    assert fast.train is not None and plain.train is not None
+    assert "rows of similar lengths padded together" in fast.train.fast_paths
+    assert plain.train.fast_paths == []
+    for a, b in zip(helpers.trace(tmp_path / "fast"), helpers.trace(tmp_path / "plain"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)

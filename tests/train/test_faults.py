@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shlex
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +23,15 @@ from peftcli.errors import CheckpointError, DataError, ModelError, OutOfMemoryEr
 from peftcli.report.progress import NullProgress
 from peftcli.report.write import read_report
 from peftcli.train import checkpoint as checkpoints
+
+ROOT = Path(__file__).parents[2]
+UNSHARE = ["unshare", "--user", "--map-root-user", "--mount"]
+
+
+def can_mount() -> bool:
+    if shutil.which("unshare") is None:
+        return False
+    return subprocess.run([*UNSHARE, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True, check=False).returncode == 0
 
 
 @pytest.fixture
@@ -98,6 +111,32 @@ def test_a_full_disk_ends_the_run_with_its_cause(size: int, text: str, tmp_path:
     assert "\n" not in caught.value.message
     assert not (tmp_path / "out" / ".lock").exists()
     assert not (tmp_path / "out" / "adapter").exists()
+
+
+@pytest.mark.skipif(not can_mount(), reason="this user may not mount a file system of its own")
+def test_a_file_system_that_is_really_full(text: str, tmp_path: Path) -> None:
+    """The command on a file system with room for two checkpoints; what it leaves is copied away before that is gone."""
+    small, kept, size = tmp_path / "small", tmp_path / "kept", tmp_path / "size"
+    options = ("train.save_steps=1", "train.epochs=1")
+    helpers.run(text, *options, f"output_dir={size}")
+    whole = sum(map(len, helpers.folder_bytes(size / "checkpoints" / "step-5").values()))
+    small.mkdir()
+    (tmp_path / "recipe.yaml").write_text(text)
+    train = [sys.executable, "-m", "peftcli", "train", str(tmp_path / "recipe.yaml"), *options, f"output_dir={small / 'out'}"]
+    script = (
+        f"mount -t tmpfs -o size={int(2.7 * whole)} tmpfs {small} && {shlex.join(train)}; code=$?; cp -r {small}/out {kept}; exit $code"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "300"}
+    done = subprocess.run([*UNSHARE, "sh", "-c", script], env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 7, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert "No space left on device" in done.stderr
+    found, notes = checkpoints.newest(kept / "checkpoints")
+    assert found is not None, done.stderr[-3000:]
+    assert not notes
+    resumed = helpers.run(text, *options, f"output_dir={kept}", resume=True)
+    assert resumed.train.resumed_from == found.folder.name
+    assert (kept / "adapter" / "adapter_model.safetensors").read_bytes() == (size / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
 def test_an_earlier_run_stays_until_nothing_of_the_new_one_can_be_refused(

@@ -85,3 +85,23 @@ def test_a_signal_writes_a_checkpoint_and_ends_with_its_code(number: signal.Sign
     assert found.progress.step >= 3
     assert not (tmp_path / "out" / ".lock").exists()
     assert "--resume" in output
+
+
+def test_a_second_signal_leaves_at_once_and_tears_nothing(recipe: Path, tmp_path: Path) -> None:
+    """A checkpoint in every step: the second one arrives while the first one's is being written, or close to it."""
+    process = start(recipe, "train.epochs=2000", "train.save_steps=1", "train.eval_steps=null")
+    root = tmp_path / "out" / "checkpoints"
+    until = time.monotonic() + 100
+    while not (root / "step-3").is_dir():
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    code, output = finish(process)
+    assert code in (130, 143), output[-3000:]
+    assert "Traceback" not in output, output[-3000:]
+    found, notes = checkpoints.newest(root)
+    assert found is not None
+    assert not notes
+    assert found.progress.step >= 3

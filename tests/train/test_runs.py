@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,10 @@ def test_a_folder_with_a_run_is_not_overwritten_unasked(text: str, tmp_path: Pat
 
 def test_a_folder_in_use_is_refused_and_names_the_holder(text: str, tmp_path: Path) -> None:
     with OutputFolder(tmp_path / "out", resume=False, overwrite=False):
+        started = time.monotonic()
         with pytest.raises(Busy, match=f"process {os.getpid()}") as caught:
             helpers.run(text)
+        assert time.monotonic() - started < 2.0, "known before anything is loaded"
         assert caught.value.exit_code == 9
         with pytest.raises(Busy):
             helpers.run(text, overwrite=True)
