@@ -7,33 +7,29 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import weakref
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from peftcli.data.batching import Plan
 from peftcli.data.prepare import Prepared
-from peftcli.data.splits import Split
 from peftcli.errors import OutOfMemoryError
 from peftcli.kernels import attention
+from peftcli.kernels.attention import PackingUnsupportedError
+from peftcli.kernels.eight_bit import COPIES
+from peftcli.liveness import Alive, Batch
 from peftcli.methods.base import Context, Method
 from peftcli.methods.kinds import trains_base_weights
 from peftcli.model.fused import fuse
 from peftcli.model.load import CAUSAL_LM, Opened, checkpoint_activations, quantizable
-from peftcli.planner import LayerCost, MemoryPlan, apply, choose, layers, peak, smallest
+from peftcli.planner import LayerCost, MemoryPlan, choose, layers, peak, smallest
 from peftcli.recipe.schema import Recipe
 from peftcli.recipe.sizes import parse_size
 from peftcli.report.text import size
-from peftcli.tasks.base import Layout, Task
+from peftcli.tasks.base import Task
 
 # Bytes of optimizer state for each trained parameter.
 _STATE = {"adamw": 8.0, "paged_adamw": 8.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 2.0, "sgd": 0.0, "adafactor": 0.1}
@@ -44,8 +40,6 @@ _PACKED = {
     ("fp4", True): 0.5 + 1 / 64 + 4 / 16384,
     ("fp4", False): 0.5 + 4 / 64,
 }
-# Bytes beside each frozen weight that is multiplied by in 8 bits: Hopper's product knows one layout, so one copy for each direction.
-_EIGHT = {"fp8": 2, "int8": 1}
 
 
 # Of what a step keeps alive, so much more stays with the process: the C library's heap is cut into pieces of many sizes.
@@ -156,8 +150,7 @@ def estimate(
             weights += parameter.numel() * per
         else:
             weights += parameter.numel() * parameter.element_size()
-    copies = _EIGHT.get(recipe.train.frozen_products or "", 0)
-    weights += sum(module.weight.numel() for module in linears.values() if not module.weight.requires_grad) * copies
+    weights += sum(m.weight.numel() for m in linears.values() if not m.weight.requires_grad) * COPIES[recipe.train.frozen_products]
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     mixed = dtype == torch.bfloat16 and trains_base_weights(model)
     heap = _HEAP if on_cpu else 0.0
@@ -183,21 +176,18 @@ def estimate(
     longest = sorted(range(len(split.lengths)), key=lambda row: -split.lengths[row])[:most]
     model.eval()
     with torch.no_grad():
-        looked = _Batch(model, task, split, longest, dtype, mixed, mode, 1 + heap).alive()
+        looked = Batch(model, task, split, longest, dtype, mixed, mode, 1 + heap).alive()
     moments.append(at("evaluation", looked.peak[1] + dense))
     model.train()
-    # A beginning that rows share is computed once, on the CPU and where no dropout would treat it alike in all of them.
+    # A beginning that rows share is computed once, on the CPU, and where the model and the method allow it.
     share = on_cpu and recipe.train.fast_paths and task.auto_model == CAUSAL_LM
-    batch = _Batch(model, task, data.train, _largest(plan), dtype, mixed, mode, 1 + heap, share)
+    batch = Batch(model, task, data.train, _largest(plan), dtype, mixed, mode, 1 + heap, share)
     everything = MemoryPlan.of("recomputed" if recipe.train.gradient_checkpointing else "saved", len(layers(model)))
     if recipe.train.gradient_checkpointing and not everything.choices:
         checkpoint_activations(model)
-    first = batch.alive(everything)
-    if first.draws and share:
-        batch = replace(batch, share=False)
-        first = batch.alive(everything)
+    batch, first = _shared(batch, everything)
 
-    def training(alive: _Alive, chosen: MemoryPlan) -> Estimate:
+    def training(alive: Alive, chosen: MemoryPlan) -> Estimate:
         kept = trainable * 4 if recipe.train.gradient_accumulation_steps > 1 else alive.peak[0]
         return replace(at("training", alive.peak[1] + dense, kept), plan=chosen)
 
@@ -213,10 +203,22 @@ def estimate(
     return replace(max(moments, key=lambda moment: moment.total), plan=step.plan)
 
 
+def _shared(batch: Batch, plan: MemoryPlan) -> tuple[Batch, Alive]:
+    """``batch`` as the run will lay it out, and what is alive in it: dropout must not treat a shared beginning alike in all rows, and
+    virtual tokens stand in front of rows, not of beginnings."""
+    if batch.share:
+        with contextlib.suppress(PackingUnsupportedError):
+            alive = batch.alive(plan)
+            if not alive.draws:
+                return batch, alive
+        batch = replace(batch, share=False)
+    return batch, batch.alive(plan)
+
+
 def _fit(
-    batch: _Batch,
-    alive: _Alive,
-    training: Callable[[_Alive, MemoryPlan], Estimate],
+    batch: Batch,
+    alive: Alive,
+    training: Callable[[Alive, MemoryPlan], Estimate],
     budget: int,
     other: Estimate,
     *,
@@ -261,7 +263,7 @@ def _fit(
     )
 
 
-def _costs(saved: _Alive, again: _Alive) -> tuple[list[LayerCost], float, float]:
+def _costs(saved: Alive, again: Alive) -> tuple[list[LayerCost], float, float]:
     """What each layer takes, what is needed between the last one and its backward pass, and what there was before the first one.
 
     Args:
@@ -270,7 +272,7 @@ def _costs(saved: _Alive, again: _Alive) -> tuple[list[LayerCost], float, float]
     costs: list[LayerCost] = []
     heights = {id(alive): alive.started.get(0, 0.0) for alive in (saved, again)}
 
-    def above(alive: _Alive, segment: tuple[str, int]) -> float:
+    def above(alive: Alive, segment: tuple[str, int]) -> float:
         return max(0.0, alive.highest[segment] - heights[id(alive)])
 
     for index in range(len(saved.left)):
@@ -286,160 +288,3 @@ def _largest(plan: Plan) -> Sequence[int]:
     """The micro batch of the first epoch with the most tokens."""
     micros = [micro for step in plan.epoch(0) for share in step.shares for micro in share if micro]
     return max(micros, key=lambda rows: sum(plan.lengths[r] for r in rows))
-
-
-class _Alive(TorchDispatchMode):
-    """Counts the bytes of all tensors made while it is on, until they are freed; gradients apart.
-
-    Args:
-        known: storages that were there before.
-        factor: what a byte of anything but a gradient counts for in finding the peak.
-
-    Attributes:
-        peak: (bytes of gradients, bytes of everything else) at the moment with the most.
-        highest: the most that counted in each part of the pass: (``forward`` or ``backward``, layer), or (``between``, 0).
-        draws: random numbers are drawn.
-        started, left, work: by layer: what counted before it, what it left behind, and its floating-point operations.
-    """
-
-    def __init__(self, known: set[int], factor: float) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.seen, self.factor = known, factor
-        self.now = self.gradients = 0
-        self.peak = (0, 0)
-        self.part, self.draws = ("before", 0), False
-        self.highest: defaultdict[tuple[str, int], float] = defaultdict(float)
-        self.started: dict[int, float] = {}
-        self.left: defaultdict[int, float] = defaultdict(float)
-        self.work: defaultdict[int, float] = defaultdict(float)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
-        self.draws = self.draws or torch.Tag.nondeterministic_seeded in func.tags
-        if self.part[0] == "forward" and func._overloadpacket in flop_registry:
-            self.work[self.part[1]] += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
-        return out
-
-    @property
-    def weight(self) -> float:
-        """What counts now."""
-        return self._weigh((self.gradients, self.now))
-
-    @property
-    def highest_weight(self) -> float:
-        """What counted at the peak."""
-        return self._weigh(self.peak)
-
-    def _count(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.seen:
-            return
-        self.seen.add(key)
-        self.now += size
-        weakref.finalize(storage, self._free, key, size)
-        self._rise()
-
-    def _rise(self) -> None:
-        self.highest[self.part] = max(self.highest[self.part], self.weight)
-        if self.weight > self.highest_weight:
-            self.peak = (self.gradients, self.now)
-
-    def _weigh(self, moment: tuple[int, int]) -> float:
-        return moment[0] + self.factor * moment[1]
-
-    def _free(self, key: int, size: int) -> None:
-        self.now -= size
-        self.seen.discard(key)
-
-    def enter(self, part: str, layer: int) -> None:
-        """From now on it is this part of the pass."""
-        self.part = (part, layer)
-        self._rise()
-
-    def is_gradient(self, parameter: Tensor) -> None:
-        """From now on count the parameter's gradient, which has just become whole, as one."""
-        assert parameter.grad is not None
-        size = parameter.grad.untyped_storage().nbytes()
-        self.now, self.gradients = self.now - size, self.gradients + size
-
-    def follow(self, layer: nn.Module, index: int) -> list[Any]:
-        """Notice when a layer runs; returns what takes the hooks off."""
-
-        def before(*_: Any) -> None:
-            self.started.setdefault(index, self.weight)
-            self._at = self.weight
-            self.enter("forward", index)
-
-        def after(_module: Any, _inputs: Any, output: Any) -> None:
-            self.left[index] += self.weight - self._at
-            self.enter("between", 0)
-            tensor = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad), None)
-            if tensor is not None:
-                tensor.register_hook(lambda _: self.enter("backward", index))
-
-        return [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """A pass over some rows, backward where gradients are on. ``factor``: see :class:`_Alive`; ``share``: see :class:`Layout`."""
-
-    model: Any
-    task: Task[Any]
-    split: Split
-    rows: Sequence[int]
-    dtype: torch.dtype
-    mixed: bool
-    mode: FakeTensorMode
-    factor: float
-    share: bool = False
-
-    def alive(self, plan: MemoryPlan | None = None) -> _Alive:
-        """What is alive in the pass, with layers recomputed as ``plan`` says."""
-        # Rows of text lie end to end wherever the model allows it; only a model with weights can tell.
-        layout = Layout(self.task.auto_model == CAUSAL_LM, 0, share=self.share)
-        batch = _fake(self.task.batch(self.split, self.rows, layout), self.mode)
-        alive = _Alive({p.untyped_storage()._cdata for p in self.model.parameters()}, self.factor)
-        if plan is not None:
-            # Offloaded inputs are counted as if they stayed, and left out afterwards.
-            here: tuple[Any, ...] = tuple("saved" if choice == "saved" else "recomputed" for choice in plan.choices)
-            apply(self.model, MemoryPlan(here), enable=checkpoint_activations)
-        with _hooks(self.model, alive), self.mode, alive:
-            with torch.autocast("cpu", dtype=self.dtype, enabled=self.mixed):
-                loss = self.task.module(self.model)(batch).total
-            if torch.is_grad_enabled():
-                loss.backward()
-        away = [alive.left[index] for index, choice in enumerate(plan.choices) if choice == "offloaded"] if plan is not None else []
-        gradients, rest = alive.peak
-        alive.peak = (gradients, rest - int(sum(away[1:]) / self.factor))
-        return alive
-
-
-@contextlib.contextmanager
-def _hooks(model: nn.Module, alive: _Alive) -> Iterator[None]:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    handles = [parameter.register_post_accumulate_grad_hook(alive.is_gradient) for parameter in trained]
-    handles += [handle for index, layer in enumerate(layers(model).values()) for handle in alive.follow(layer, index)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter in trained:
-            parameter.grad = None
-
-
-def _fake(value: Any, mode: FakeTensorMode) -> Any:
-    """``value`` with every tensor in it, at any depth of lists and objects, replaced by a fake one."""
-    if isinstance(value, Tensor):
-        return mode.from_tensor(value)
-    if isinstance(value, list):
-        return [_fake(item, mode) for item in value]
-    if hasattr(value, "__dict__"):
-        twin = copy.copy(value)
-        twin.__dict__.update({key: _fake(item, mode) for key, item in value.__dict__.items()})
-        return twin
-    return value

@@ -24,6 +24,7 @@ from peftcli.methods.base import Method
 from peftcli.methods.kinds import trainable_state
 from peftcli.model.load import Base, quiet
 from peftcli.recipe.schema import Recipe
+from peftcli.report.files import sync
 from peftcli.report.schema import LiveAdapterCheck
 from peftcli.tasks.base import Task
 
@@ -88,6 +89,8 @@ class OutputFolder:
         for name in () if self.resume else self._there():
             target = self.path / name
             shutil.rmtree(target) if target.is_dir() else target.unlink()
+        for left in self.path.glob(".*.part"):  # of a process that was killed while it wrote a report
+            left.unlink()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._release()
@@ -183,9 +186,12 @@ def put_in_place(target: Path, write: Callable[[Path], object], *, hint: str) ->
         aside.mkdir(parents=True)
         write(aside)
         readable(aside)
+        for path in [*aside.iterdir(), aside]:
+            sync(path)
         if target.exists():
             shutil.rmtree(target)
         os.replace(aside, target)
+        sync(target.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error

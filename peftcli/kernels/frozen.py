@@ -39,7 +39,7 @@ class Dense:
 def product_of(base: nn.Module, x: Tensor) -> Product | None:
     """How ``base`` multiplies ``x``, where it is a frozen linear layer that computes in the half precision of ``x`` and that nobody looks
     at; else ``None``, and only calling it says what it computes."""
-    if base._forward_hooks or base._forward_pre_hooks or torch.is_autocast_enabled(x.device.type):
+    if base._forward_hooks or base._forward_pre_hooks or x.dtype != working_dtype(x):
         return None
     if any(p.requires_grad for p in base.parameters()):
         return None
@@ -49,6 +49,12 @@ def product_of(base: nn.Module, x: Tensor) -> Product | None:
     if type(base) is nn.Linear and x.dtype == base.weight.dtype == torch.bfloat16:
         return Dense(base.weight)
     return None
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a product with ``x`` is computed in here: its own, or autocast's."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.is_floating_point() else x.dtype
 
 
 class _FrozenLinear(torch.autograd.Function):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftcli.kernels import fast
-from peftcli.kernels.frozen import product_of
+from peftcli.kernels.frozen import product_of, working_dtype
 from peftcli.kernels.low_rank import low_rank_linear
 from peftcli.methods.kinds import AdapterLayer, features
 from peftcli.quantization import dense_weight, is_quantized
@@ -90,9 +90,12 @@ def beside(base: nn.Module, x: Tensor, dropped: Tensor, narrow: Tensor, wide: Te
         dropped: ``x`` after dropout, or ``x`` itself. ``narrow``: [rank, in]. ``wide``: [out, rank].
     """
     # In float32 PEFT's order of operations is kept, with which the results agree to the last bit.
-    product = product_of(base, x)
+    dtype = working_dtype(x)
+    rows = x.to(dtype)
+    product = product_of(base, rows)
     if product is not None and fast.take("low-rank update fused with its frozen layer"):
-        return low_rank_linear(x, None if dropped is x else dropped, product, cast(nn.Linear, base).bias, narrow, wide, scaling)
+        seen = None if dropped is x else dropped.to(dtype)
+        return low_rank_linear(rows, seen, product, cast(nn.Linear, base).bias, narrow, wide, scaling)
     result: Tensor = base(x)
     return add_low_rank(result, dropped, narrow, wide, scaling)
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from peftcli.kernels import fast
-from peftcli.kernels.frozen import product_of
+from peftcli.kernels.frozen import product_of, working_dtype
 from peftcli.kernels.siblings import low_rank_siblings
 from peftcli.methods.lora_layers import LoraLayer
 
@@ -79,6 +79,7 @@ class Siblings:
         return out
 
     def _compute(self, x: Tensor) -> dict[LoraLayer, Tensor]:
+        x = x.to(working_dtype(x))
         products = [product for layer in self.layers if (product := product_of(layer.base, x)) is not None]
         if len(products) < len(self.layers) or not fast.take("low-rank updates of one input together"):
             return {}

@@ -227,7 +227,7 @@ class TrainSection(Section):
     frozen_products: Literal["fp8", "int8"] | None = Field(
         None,
         description="Multiply by the frozen linear layers in 8 bits while training, forward and backward: faster, with rounding errors of "
-        "about a hundredth in each product. `fp8` for GPUs of compute capability 8.9 on, at two more bytes for each frozen weight; `int8` "
+        "a few hundredths in each product. `fp8` for GPUs of compute capability 8.9 on, at two more bytes for each frozen weight; `int8` "
         "for CPUs with VNNI or AMX, at one more byte. Adapters, output layer, norms and evaluation stay as they are.",
     )
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "trackio"]] = Field(

@@ -30,7 +30,9 @@ def write_text_atomically(path: Path, text: str) -> None:
         os.chmod(aside, 0o666 & ~_umask())
         os.replace(aside, path)
         aside = None
-        _sync_folder(path.parent)
+        # Makes the rename itself durable, where the system lets folders be opened.
+        with suppress(PermissionError, IsADirectoryError):
+            sync(path.parent)
     except OSError as error:
         raise CheckpointError(
             f"cannot write {path}: {error.strerror or error}", hint="free some space or choose another output_dir"
@@ -48,14 +50,17 @@ def _umask() -> int:
     return mask
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable, where the system lets folders be opened."""
-    with suppress(PermissionError, IsADirectoryError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def sync(path: Path) -> None:
+    """Flush a file's or folder's bytes to the disk.
+
+    Raises:
+        OSError: the disk refuses it.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def hash_file(path: Path) -> str:

@@ -144,7 +144,8 @@ class TokenClassification(Task[options.TokenClassificationTask]):
         targets = pad([split.targets[row] for row in rows], NONE)[0]
         places = [torch.from_numpy(split.places[row]).long() for row in rows]
         tags = [split.tags(row).tolist() for row in rows]
-        return TaggedBatch(ahead(ids, layout.device), ahead(mask, layout.device), segments, ahead(targets, layout.device), places, tags, silent)
+        ids, mask, targets = (ahead(tensor, layout.device) for tensor in (ids, mask, targets))
+        return TaggedBatch(ids, mask, segments, targets, places, tags, silent)
 
     def masks(self, batch: TaggedBatch) -> tuple[Tensor, Tensor]:
         return batch.attention_mask.bool(), batch.targets != NONE

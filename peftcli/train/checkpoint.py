@@ -27,6 +27,7 @@ from torch import Tensor
 
 from peftcli.errors import CheckpointError
 from peftcli.model.source import file_sha256
+from peftcli.report.files import sync
 
 VERSION = 1
 _STEP = re.compile(r"step-(\d+)")
@@ -287,15 +288,6 @@ def read_rng(checkpoint: Checkpoint, process: int) -> dict[str, Tensor]:
 
 def _text(value: Any) -> str:
     return json.dumps(value, indent=2, sort_keys=True) + "\n"
-
-
-def sync(path: Path) -> None:
-    """Flush a file's or folder's bytes to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -1,7 +1,7 @@
 """Hugging Face's Trainer with ``peft`` on given rows. Runs in an environment of its own (see scripts/benchmark.py).
 
 Reads a case (JSON): ``model`` and, unless every weight moves, ``adapter`` (a folder with the initial adapter), ``rows`` (JSON lines of
-``input_ids`` and ``supervised``, in the order of training), and the settings. Writes ``result``: what every step took.
+``input_ids`` and ``supervised``, or ``label``, in the order of training), and the settings. Writes ``result``: what every step took.
 """
 
 import importlib
@@ -34,14 +34,17 @@ def main() -> None:
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
     # A model that moves as a whole keeps float32 weights and computes in bfloat16, like ours.
-    model = tf.AutoModelForCausalLM.from_pretrained(
-        case["model"], dtype=torch.float32 if whole else torch.bfloat16, attn_implementation="sdpa", **extra
-    )
+    classes = case["task"] == "sequence_classification"
+    kind = tf.AutoModelForSequenceClassification if classes else tf.AutoModelForCausalLM
+    model = kind.from_pretrained(case["model"], dtype=torch.float32 if whole else torch.bfloat16, attn_implementation="sdpa", **extra)
     if not whole:
         model = importlib.import_module("peft").PeftModel.from_pretrained(model, case["adapter"], is_trainable=True)
     rows = []
     for line in Path(case["rows"]).read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
+        if classes:
+            rows.append({"input_ids": row["input_ids"], "attention_mask": [1] * len(row["input_ids"]), "labels": row["label"]})
+            continue
         labels = [token if learned else -100 for token, learned in zip(row["input_ids"], row["supervised"], strict=True)]
         mask = {} if flat else {"attention_mask": [1] * len(labels)}
         rows.append({"input_ids": row["input_ids"], "labels": labels, **mask})
@@ -67,7 +70,8 @@ def main() -> None:
         def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
             return SequentialSampler(rows)
 
-    collator = tf.DataCollatorWithFlattening() if flat else tf.DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8)
+    padding = tf.DataCollatorWithPadding(tokenizer) if classes else tf.DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8)
+    collator = tf.DataCollatorWithFlattening() if flat else padding
     arguments = tf.TrainingArguments(
         output_dir=str(Path(case["result"]).with_suffix("")),
         per_device_train_batch_size=case["batch_size"],

@@ -92,8 +92,33 @@ def test_where_it_is_not_taken() -> None:
     assert not product_of(torch.nn.Linear(3, 4).bfloat16(), x), "its weight moves"
     assert not product_of(torch.nn.Sequential(linear), x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not product_of(linear, x)
+        assert product_of(linear, x)
+        assert not product_of(linear, x.float()), "autocast rounds it first"
     handle = linear.register_forward_hook(lambda *_: None)
     assert not product_of(linear, x), "a hook must see what it computes"
     handle.remove()
     assert product_of(linear, x)
+
+
+def test_under_autocast_it_is_taken_for_what_autocast_rounds() -> None:
+    """A classifier's fresh output layer is trained in float32 under autocast, whose norms hand float32 to the next layer."""
+    model, _ = helpers.adapted("lora", dtype=torch.bfloat16)
+    layer = next(module for module in model.modules() if hasattr(module, "lora_A"))
+    layer.siblings = None
+    helpers.stir(layer)
+    x = torch.randn(2, 5, layer.lora_A.shape[1])
+    results = []
+    for plain in (False, True):
+        fast.switch(on=not plain)
+        try:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                own = x.clone().requires_grad_()
+                out = layer(own)
+            assert (NAME in fast.taken()) is not plain
+        finally:
+            fast.switch(on=True)
+        assert out.dtype == torch.bfloat16
+        results.append([out.float(), *torch.autograd.grad(out.float().square().sum(), [own, layer.lora_A, layer.lora_B])])
+        assert results[-1][1].dtype == torch.float32
+    for mine, theirs in zip(*results, strict=True):
+        assert float((mine - theirs).norm()) <= 0.02 * float(theirs.norm())

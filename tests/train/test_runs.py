@@ -108,6 +108,20 @@ def test_resume_refuses_another_recipe_or_other_data(text: str, tiny_data: Path,
     assert helpers.run(text, "train.logging_steps=7", resume=True).status == "completed"
 
 
+def test_a_resumed_run_removes_what_a_killed_one_was_writing(text: str, tmp_path: Path) -> None:
+    helpers.run(text, "train.save_steps=3")
+    left = [
+        tmp_path / "out" / ".report.json.x1y2.part",
+        tmp_path / "out" / ".adapter.partial" / "half",
+        tmp_path / "out" / ".adapter.partial",
+    ]
+    left[2].mkdir()
+    left[1].touch()
+    left[0].touch()
+    helpers.run(text, "train.save_steps=3", resume=True)
+    assert not [path for path in left if path.exists()]
+
+
 def test_resume_without_a_checkpoint_says_so(text: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no whole checkpoint to resume from"):
         helpers.run(text, resume=True)
