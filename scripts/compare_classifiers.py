@@ -151,7 +151,8 @@ def table(found: Mapping[str, Any]) -> str:
         f"\n\nMiniLM ({first['parameters'] / 1e6:.0f} million parameters, `{found['model']}`) on SST-2: {found['train_rows']:,} training "
         f"rows, {first['steps']} steps of 16 rows, {first['rows']} test rows (GLUE's dev file). *Accuracy*: over {seeds}, mean ± "
         f"standard deviation where there are several; *95 % interval*: Wilson's for {first['rows']} test rows, its ends averaged over the "
-        f"seeds. *Learning rate*: the better of two by the loss on {choice['validation_rows']} rows of the training file, after {choice['train_rows']:,} others; "
+        f"seeds. *Learning rate*: the better of two by the loss on {choice['validation_rows']} rows of the training file, after "
+        f"{choice['train_rows']:,} others; "
         f"head and pooler learn at {HEAD_RATE:g}, with `full` and `head_only` at the one rate. "
         f"{where['device_name']}, {where['cpu_capability']}, torch {where['torch']}, transformers {where['transformers']}."
     )

@@ -172,6 +172,36 @@ def compared() -> str:
     return table(json.loads(RESULTS.read_text(encoding="utf-8")))
 
 
+def soak() -> str:
+    """What `make soak` has counted, and how far a run moves in another environment."""
+    found = json.loads((ROOT / "scripts/results/soak.json").read_text(encoding="utf-8"))
+    lines = ["| killed runs of | kills | in a save | in writing the result | runs | identical |", "| --- | --- | --- | --- | --- | --- |"]
+    for name, family in found["kills"].items():
+        methods = ", ".join(f"`{method}`" for method in family["methods"])
+        cells = (family["kills"], family["inside_a_save"], family["inside_the_result"], family["runs"], family["identical"])
+        lines.append(f"| {name}: {methods} | " + " | ".join(str(cell) for cell in cells) + " |")
+    recipes, adapters, corrupted = found["recipes"], found["adapters"], found["checkpoints"]
+    note = (
+        f"*Runs*: that ended in spite of the kills; *identical*: in the same bytes as the run that was never killed. Besides: "
+        f"{recipes['generated']:,} generated recipes ({recipes['valid']:,} valid, the others refused with places), {adapters['mutated']:,} "
+        f"mutated adapters ({adapters['loaded']:,} loaded whole and finite, the others refused), {corrupted['corrupted']:,} corrupted "
+        f"checkpoints ({corrupted['silent_loads']} loaded): {recipes['tracebacks'] + adapters['tracebacks'] + corrupted['tracebacks']} tracebacks."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def repeat() -> str:
+    """How far a run's trace moves in another environment, as recorded."""
+    found = json.loads((ROOT / "scripts/results/repeat.json").read_text(encoding="utf-8"))
+    lines = [
+        "| largest difference of a loss or gradient norm | steps | " + " | ".join(next(iter(found.values()))["largest_difference"]) + " |"
+    ]
+    lines.append("| --- | --- |" + " --- |" * (lines[0].count("|") - 3))
+    for name, row in found.items():
+        lines.append(f"| {name} | {row['steps']} | " + " | ".join(f"{value:.1g}" for value in row["largest_difference"].values()) + " |")
+    return "\n".join(lines)
+
+
 PARTS = {
     "faults": faults,
     "measured": measured,
@@ -179,6 +209,8 @@ PARTS = {
     "compared": compared,
     "classifiers": classifiers,
     "tasks": tasks,
+    "soak": soak,
+    "repeat": repeat,
     "reference": reference_markdown,
     "templates": templates,
     "report": report,

@@ -133,9 +133,10 @@ def shared_beginning(input_ids: Sequence[IntArray], supervised: Sequence[BoolArr
     return limit if spared > 0 and spared >= _WORTH * sum(map(len, input_ids)) else 0
 
 
-# Rows padded to the longest of them may take this much more than their tokens before another batch is begun; one of few tokens is filled
-# first, since every batch has a cost of its own. Measured with MiniLM and 32 rows of SST-2, forward and backward on one core: 0.69 s instead
-# of 1.16 in float32, 0.62 instead of 0.97 in bfloat16; values from 1.1 to 1.25 and from 128 to 256 tokens differ by less than 5 %.
+# Rows padded to the longest of them may take this much more than their tokens before another batch is begun; one of few tokens is
+# filled first, since every batch has a cost of its own. Measured with MiniLM and 32 rows of SST-2, forward and backward on one core:
+# 0.69 s instead of 1.16 in float32, 0.62 instead of 0.97 in bfloat16; values from 1.1 to 1.25 and from 128 to 256 tokens differ by less
+# than 5 %.
 _PADDED = 1.25
 _FEW_TOKENS = 256
 

@@ -87,4 +87,3 @@ def _patch_rotation(module: Any, llama: Any) -> None:
 
     rotated.peftcli_plain = plain  # type: ignore[attr-defined]
     module.apply_rotary_pos_emb = rotated
-

@@ -224,11 +224,12 @@ class TrainSection(Section):
     fast_paths: bool = Field(
         True, description="Take faster computations of the same results where there are any; the report names those that were taken."
     )
-    frozen_products: Literal["fp8", "int8"] | None = Field(
+    frozen_products: Literal["fp8", "int8", "int8_backward"] | None = Field(
         None,
-        description="Multiply by the frozen linear layers in 8 bits while training, forward and backward: faster, with rounding errors of "
-        "a few hundredths in each product. `fp8` for GPUs of compute capability 8.9 on, at two more bytes for each frozen weight; `int8` "
-        "for CPUs with VNNI or AMX, at one more byte. Adapters, output layer, norms and evaluation stay as they are.",
+        description="Multiply by the frozen linear layers in 8 bits while training: faster, with rounding errors of a few hundredths in "
+        "each product. `fp8` for GPUs of compute capability 8.9 on, at two more bytes for each frozen weight; `int8` for CPUs with VNNI or "
+        "AMX, at one more byte; `int8_backward` only on the way back, so that the loss stays exact and gradients nearly so. Adapters, "
+        "output layer, norms and evaluation stay as they are.",
     )
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "trackio"]] = Field(
         [], description="Experiment trackers, through Accelerate."

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peftcli.kernels import native
 from peftcli.kernels import linear_cross_entropy as head
+from peftcli.kernels import native
 from peftcli.kernels.elementwise import (
     reference_rms_norm,
     reference_rotate,
@@ -39,7 +39,12 @@ def close(ours: Tensor, exact: Tensor, dtype: torch.dtype, units: float = 2.0) -
 
 
 def check(
-    function: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: list[Tensor], moving: int, dtype: torch.dtype, units: float = 6.0
+    function: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    inputs: list[Tensor],
+    moving: int,
+    dtype: torch.dtype,
+    units: float = 6.0,
 ) -> None:
     """Outputs and the gradients of the first ``moving`` inputs, against the reference in float64 on the same rounded inputs."""
     inputs = [x.to(dtype) for x in inputs]
@@ -84,7 +89,9 @@ def test_swiglu(rows: int, width: int, dtype: torch.dtype, seed: int) -> None:
 
 @compiled
 @settings(max_examples=30, deadline=None)
-@given(heads=st.integers(1, 4), length=st.integers(1, 9), half=st.integers(1, 20), packed=st.booleans(), dtype=st.sampled_from([BF16, FP32]))
+@given(
+    heads=st.integers(1, 4), length=st.integers(1, 9), half=st.integers(1, 20), packed=st.booleans(), dtype=st.sampled_from([BF16, FP32])
+)
 def test_rotate(heads: int, length: int, half: int, packed: bool, dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(heads)
     angle = torch.arange(length)[None, :, None] * torch.rand(half, generator=g).repeat(2)

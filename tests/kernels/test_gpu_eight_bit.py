@@ -223,6 +223,25 @@ def test_refusals(tiny_folders: dict[str, Path], tiny_data: Path, tmp_path: Path
         assert "no instructions" in (unfit("int8", torch.device("cpu")) or "")
 
 
+def test_integers_on_the_way_back_only_leave_the_loss_as_it_is() -> None:
+    split, found = helpers.make_split([16, 21, 19]), {}
+    for kind in (None, "int8_backward", "int8"):
+        model, _ = helpers.adapted("lora", dtype=torch.bfloat16, target_modules="all-linear")
+        helpers.stir(model)
+        model.train()
+        if kind is not None:
+            multiply_in_8_bits(model, kind)
+        loss = helpers.loss_of(model, split)
+        loss.backward()
+        found[kind] = float(loss.detach()), torch.cat([g.flatten() for g in helpers.gradients(model).values()])
+    assert found["int8_backward"][0] == found[None][0]
+    cosines = {
+        kind: float(torch.nn.functional.cosine_similarity(found[kind][1], found[None][1], dim=0)) for kind in ("int8", "int8_backward")
+    }
+    assert 0.999 <= cosines["int8_backward"] < 1.0
+    assert cosines["int8"] < cosines["int8_backward"]
+
+
 @pytest.mark.gpu
 @CUDA
 @pytest.mark.parametrize("shape", [(4096, 4096, 4096), (1000, 2048, 512)])

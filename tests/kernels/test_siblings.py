@@ -57,9 +57,7 @@ def test_outputs_and_gradients_are_each_layers_own(outs: list[int], ranks: list[
         if together:
             found = list(low_rank_siblings(seen, [Dense(w) for w in weights], biases, a, b, scalings))
         else:
-            found = [
-                reference_low_rank_linear(seen, None, *parts) for parts in zip(weights, biases, a, b, scalings, strict=True)
-            ]
+            found = [reference_low_rank_linear(seen, None, *parts) for parts in zip(weights, biases, a, b, scalings, strict=True)]
         total = sum(((y * f).sum() for y, f in zip(found, factors, strict=True)), torch.zeros((), dtype=torch.float64))
         results.append([*found, *torch.autograd.grad(total, [*own, seen] if moves else own)])
     for mine, theirs in zip(*results, strict=True):
