@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peftcli import __version__, ending
+from peftcli import __version__, ending, launch
 from peftcli import cli_repeat as repeat
 from peftcli.cli_options import (
     BaseModel,
@@ -64,8 +64,6 @@ def train(
     if resume and overwrite:
         raise typer.BadParameter("--resume and --overwrite exclude each other")
     loaded = load_recipe(recipe, overrides or [])
-    from peftcli import launch
-
     if processes > 1 and not launch.inside():
         raise typer.Exit(launch.spawn(processes))
     from peftcli.lock import read_lock
@@ -382,6 +380,7 @@ def _finish(report: Any, folder: Path, json: bool) -> None:
 
 def main() -> None:
     """Run the command line; a user's mistake ends in one message and a documented exit code, never in a traceback."""
+    launch.follow_launcher()
     ending.run(app)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 import peftcli
+from peftcli.kernels import native
 from peftcli.report.schema import Environment
 
 _PACKAGES = ("accelerate", "bitsandbytes", "safetensors", "tokenizers", "datasets", "peft")
@@ -48,6 +49,7 @@ def describe(device: torch.device, *, deterministic: bool) -> Environment:
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
         "machine": platform.machine(),
+        "kernels": native.build(),
         **versions,
     }
     fingerprint = hashlib.sha256(json.dumps({**facts, "deterministic": deterministic}, sort_keys=True).encode()).hexdigest()
@@ -61,6 +63,7 @@ def describe(device: torch.device, *, deterministic: bool) -> Environment:
         device=device.type,
         device_name=name,
         cpu_capability=capability,
+        kernels=native.build(),
         threads=torch.get_num_threads(),
         deterministic=deterministic,
         fingerprint=fingerprint,

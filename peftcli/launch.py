@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
 import sys
 import tempfile
 import uuid
+
+_LAUNCHER = "PEFTCLI_LAUNCHER"
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 def inside() -> bool:
@@ -20,12 +24,23 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def follow_launcher() -> None:
+    """In a process that :func:`spawn` started: end when the launcher is killed, instead of waiting for the others for ever."""
+    launcher = os.environ.get(_LAUNCHER)
+    if launcher is None or not inside() or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(launcher):  # it was killed before this was asked for
+        os._exit(128 + signal.SIGKILL)
+
+
 def spawn(processes: int) -> int:
     """Run this command again in ``processes`` processes; returns the exit code of the first that failed, or 0."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    os.environ[_LAUNCHER] = str(os.getpid())
     # Processes that share the cores with as many threads as if alone only get in each other's way.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     # Accelerate passes torch the older name of an option.

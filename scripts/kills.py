@@ -11,7 +11,6 @@ A smaller number of kills hits `peftcli train` itself, started as a user starts 
 from __future__ import annotations
 
 import collections
-import contextlib
 import functools
 import gc
 import hashlib
@@ -170,7 +169,6 @@ class Bench:
         return children
 
     def _command(self, text: str, folder: Path, settings: Sequence[str], resume: bool) -> None:
-        os.setsid()  # so that a launcher and its processes can be killed together
         recipe = folder.with_suffix(".yaml")
         recipe.write_text(text, encoding="utf-8")
         command = [sys.executable, "-m", "peftcli", "train", str(recipe), *settings, "--resume" if resume else "--overwrite"]
@@ -235,7 +233,7 @@ def _one(bench: Bench, kind: Kind, folder: Path, wanted: int, draw: random.Rando
         bench.place.unlink(missing_ok=True)
         children = bench.start(kind, folder, resume=resume, kill_at=at)
         if kill and at is None:
-            _kill_after(children[draw.randrange(len(children))], draw.uniform(0.0, kind.seconds), group=bench.command)
+            _kill_after(children[draw.randrange(len(children))], draw.uniform(0.0, kind.seconds))
         code = _ended(children, linger=draw.uniform(0.0, 0.1))
         if code == -signal.SIGKILL:
             found.kills += 1
@@ -344,15 +342,12 @@ def _ended(children: list[int], *, linger: float = 0.0) -> int:
     return min(codes.values()) or max(codes.values())
 
 
-def _kill_after(child: int, seconds: float, *, group: bool) -> None:
+def _kill_after(child: int, seconds: float) -> None:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
             return
         time.sleep(0.002)
-    if group:
-        with contextlib.suppress(ProcessLookupError):  # too early to have one
-            os.killpg(child, signal.SIGKILL)
     os.kill(child, signal.SIGKILL)
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import benchmark
 import compare_classifiers
 import measure_tasks
 from compare_methods import RESULTS, table
@@ -175,17 +176,21 @@ def compared() -> str:
 def soak() -> str:
     """What `make soak` has counted, and how far a run moves in another environment."""
     found = json.loads((ROOT / "scripts/results/soak.json").read_text(encoding="utf-8"))
-    lines = ["| killed runs of | kills | in a save | in writing the result | runs | identical |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| killed runs of | kills | in a save | writing weights, reports or trace | runs | identical |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for name, family in found["kills"].items():
         methods = ", ".join(f"`{method}`" for method in family["methods"])
         cells = (family["kills"], family["inside_a_save"], family["inside_the_result"], family["runs"], family["identical"])
         lines.append(f"| {name}: {methods} | " + " | ".join(str(cell) for cell in cells) + " |")
-    recipes, adapters, corrupted = found["recipes"], found["adapters"], found["checkpoints"]
+    recipes, adapters, corrupted = (found[name] for name in ("recipes", "adapters", "checkpoints"))
+    tracebacks = sum(part["tracebacks"] for part in (recipes, adapters, corrupted))
     note = (
-        f"*Runs*: that ended in spite of the kills; *identical*: in the same bytes as the run that was never killed. Besides: "
+        "*Runs*: that ended in spite of the kills; *identical*: in the same bytes as the run that was never killed. Besides: "
         f"{recipes['generated']:,} generated recipes ({recipes['valid']:,} valid, the others refused with places), {adapters['mutated']:,} "
         f"mutated adapters ({adapters['loaded']:,} loaded whole and finite, the others refused), {corrupted['corrupted']:,} corrupted "
-        f"checkpoints ({corrupted['silent_loads']} loaded): {recipes['tracebacks'] + adapters['tracebacks'] + corrupted['tracebacks']} tracebacks."
+        f"checkpoints ({corrupted['silent_loads']} loaded): {tracebacks} tracebacks."
     )
     return "\n".join([*lines, "", note])
 
@@ -202,7 +207,21 @@ def repeat() -> str:
     return "\n".join(lines)
 
 
+def speed() -> str:
+    """Speed and memory beside the peers, as recorded."""
+    parts = []
+    for path in sorted((ROOT / "scripts/results").glob("benchmark-*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        where = found["machine"]
+        versions = next((run["versions"] for run in found["runs"] if "versions" in run), {})
+        peers = ", ".join(f"{name} {version}" for name, version in versions.items())
+        about = f"{where['device_name']}, {where['cpu_capability']}, {where['threads']} thread{'s' * (where['threads'] > 1)}; {peers}."
+        parts += [benchmark.table(found["summary"]), "", about, ""]
+    return "\n".join(parts).rstrip()
+
+
 PARTS = {
+    "speed": speed,
     "faults": faults,
     "measured": measured,
     "methods": methods,

@@ -46,11 +46,22 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     return None
 
 
+@functools.cache
+def build() -> str | None:
+    """What the compiled arithmetic of this machine is: a hash of its source, its compiler and the instructions it was built for. ``None``
+    where there is none. Results depend on it to the last bit."""
+    compiler = shutil.which(os.environ.get("CC") or "cc")
+    return None if compiler is None or library(torch.float32) is None else _key(compiler)
+
+
+def _key(compiler: str) -> str:
+    depends = [_SOURCE.read_text(encoding="utf-8"), _output(compiler, "--version"), " ".join(_FLAGS), _instructions()]
+    return hashlib.sha256("\0".join(depends).encode()).hexdigest()[:24]
+
+
 def _built(compiler: str, variant: str) -> Path:
     """The shared library of one variant, made where there is none yet."""
-    version = _output(compiler, "--version")
-    depends = [_SOURCE.read_text(encoding="utf-8"), version, " ".join(_FLAGS), variant, _instructions()]
-    name = f"rows-{variant.lower()}-{hashlib.sha256(chr(0).join(depends).encode()).hexdigest()[:24]}.so"
+    name = f"rows-{variant.lower()}-{_key(compiler)}.so"
     for folder in _folders():
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)

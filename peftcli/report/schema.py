@@ -229,6 +229,7 @@ class Environment(Part):
     device: str = Field(description="`cpu`, `cuda`, ...")
     device_name: str | None = None
     cpu_capability: str | None = Field(None, description="Instruction set that torch uses, such as `AVX512`.")
+    kernels: str | None = Field(None, description="The compiled arithmetic: a hash of its source, compiler and instructions.")
     threads: Annotated[int, Field(ge=1)]
     deterministic: bool
     fingerprint: Sha256

@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 import helpers
+import psutil
 import pytest
 
+from peftcli.output import OutputFolder
 from peftcli.train import checkpoint as checkpoints
 
 ROOT = Path(__file__).parents[2]
@@ -105,3 +107,25 @@ def test_a_second_signal_leaves_at_once_and_tears_nothing(recipe: Path, tmp_path
     assert found is not None
     assert not notes
     assert found.progress.step >= 3
+
+
+def test_processes_end_with_a_launcher_that_is_killed(recipe: Path, tmp_path: Path) -> None:
+    """Left alone they would wait for each other, and hold the folder against `--resume`."""
+    process = start(recipe, "train.epochs=2000", "--processes", "2")
+    root = tmp_path / "out" / "checkpoints"
+    until = time.monotonic() + 100
+    while not (root / "step-3").is_dir():
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 2
+    process.kill()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
+    process.communicate()
+    found, notes = checkpoints.newest(root)
+    assert found is not None
+    assert not notes
+    with OutputFolder(tmp_path / "out", resume=True, overwrite=False):
+        pass
