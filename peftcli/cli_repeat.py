@@ -43,8 +43,14 @@ def verify(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)],
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Only the first N steps.", show_default=False)] = None,
     tolerance: Annotated[
-        float, typer.Option("--tolerance", min=0.0, help="Relative, of losses and gradient norms in another environment than the run's.")
-    ] = 0.02,
+        float | None,
+        typer.Option(
+            "--tolerance",
+            min=0.0,
+            help="Relative, of losses and gradient norms in another environment than the run's. Default: 0.02, or 0.1 in bfloat16.",
+            show_default=False,
+        ),
+    ] = None,
     init_adapter: InitAdapter = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Keep the repetition in this folder.", show_default=False)] = None,
     json: Json = False,

@@ -32,7 +32,8 @@ def make_repeatable(seed: int, *, deterministic: bool, process: int = 0) -> None
     if deterministic:
         # cuBLAS reads this when its first handle is made.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
+    # The same switch as use_deterministic_algorithms, without torch's compiler, whose import takes a second.
+    torch.set_deterministic_debug_mode("error" if deterministic else "default")
 
 
 def describe(device: torch.device, *, deterministic: bool) -> Environment:

@@ -64,12 +64,13 @@ def spawn(processes: int) -> int:
             elastic_launch(config, sys.executable)("-m", "peftcli", *sys.argv[1:])
         except ChildFailedError as error:
             codes = [failure.exitcode for _, failure in sorted(error.failures.items())]
-            # A killed process has a negative code: shells write 128 + the signal.
-            code = next((c for c in codes if c > 0), codes[0] if codes else 1)
-            if code > 0:
-                return code
-            sys.stderr.write(f"error: one of the {processes} processes was killed by {signal.Signals(-code).name}\n")
-            return 128 - code
+            # The launcher ends the others by SIGTERM: they die of it (-15), or say that they were stopped (143).
+            told = next((code for code in codes if 0 < code < 128), None)
+            killed = next((code for code in codes if code < 0 and code != -signal.SIGTERM), None)
+            if told is None and killed is not None:
+                sys.stderr.write(f"error: one of the {processes} processes was killed by {signal.Signals(-killed).name}\n")
+            code = told or killed or codes[0]
+            return code if code > 0 else 128 - code
         except SignalException as error:
             # The launcher passed the signal on and waited: the processes have written their checkpoint.
             return 128 + int(error.sigval)

@@ -213,7 +213,7 @@ def speed() -> str:
     for path in sorted((ROOT / "scripts/results").glob("benchmark-*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         where = found["machine"]
-        versions = next((run["versions"] for run in found["runs"] if "versions" in run), {})
+        versions: dict[str, str] = next((run["versions"] for run in found["runs"] if "versions" in run), {})
         peers = ", ".join(f"{name} {version}" for name, version in versions.items())
         about = f"{where['device_name']}, {where['cpu_capability']}, {where['threads']} thread{'s' * (where['threads'] > 1)}; {peers}."
         parts += [benchmark.table(found["summary"]), "", about, ""]

@@ -190,6 +190,7 @@ def test_in_another_environment_a_tolerance_holds(root: Path) -> None:
     assert found.environment == (
         f'environment torch: locked "2.99", here "{locks.read_lock(root / "repeated" / "recipe.lock").environment.torch}"',
     )
+    assert found.tolerance == 0.02
     shutil.rmtree(root / "repeated")
     with pytest.raises(NotRepeatable, match=r"the traces part at step 1: loss was .* within 0\.001 of it was due"):
         repeat(root, tolerance=0.001)

@@ -16,7 +16,14 @@ from peftcli.verify import Verdict, verify
 
 
 def run(
-    path: Path, output: Path | None, *, steps: int | None, tolerance: float, init_adapter: Path | None, json: bool, trust_remote_code: bool
+    path: Path,
+    output: Path | None,
+    *,
+    steps: int | None,
+    tolerance: float | None,
+    init_adapter: Path | None,
+    json: bool,
+    trust_remote_code: bool,
 ) -> None:
     """Verify and print; see the command's help for the arguments."""
     main = launch.rank() == 0

@@ -109,7 +109,8 @@ def test_a_second_signal_leaves_at_once_and_tears_nothing(recipe: Path, tmp_path
     assert found.progress.step >= 3
 
 
-def test_processes_end_with_a_launcher_that_is_killed(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("victim", ["the launcher", "one of the two"])
+def test_no_process_outlives_one_that_is_killed(victim: str, recipe: Path, tmp_path: Path) -> None:
     """Left alone they would wait for each other, and hold the folder against `--resume`."""
     process = start(recipe, "train.epochs=2000", "--processes", "2")
     root = tmp_path / "out" / "checkpoints"
@@ -120,10 +121,15 @@ def test_processes_end_with_a_launcher_that_is_killed(recipe: Path, tmp_path: Pa
         time.sleep(0.05)
     workers = psutil.Process(process.pid).children(recursive=True)
     assert len(workers) >= 2
-    process.kill()
-    _, alive = psutil.wait_procs(workers, timeout=20)
+    (psutil.Process(process.pid) if victim == "the launcher" else workers[-1]).kill()
+    _, alive = psutil.wait_procs(workers, timeout=60)
     assert not alive
-    process.communicate()
+    code, output = finish(process)
+    if victim == "the launcher":
+        assert code == -signal.SIGKILL
+    else:
+        assert code == 128 + signal.SIGKILL
+        assert "error: one of the 2 processes was killed by SIGKILL" in output
     found, notes = checkpoints.newest(root)
     assert found is not None
     assert not notes
