@@ -233,6 +233,8 @@ def test_two_processes_are_one_with_twice_the_batch(folders: dict[str, Path], da
     for a, b in zip(two, one, strict=True):
         assert a.keys() == b.keys()
         for key in b:
+            if key == "eval_intervals":
+                continue
             exact = key in ("step", "epoch", "learning_rate", "tokens", "supervised_tokens")
             assert a[key] == (b[key] if exact else pytest.approx(b[key], rel=2e-4, abs=1e-7)), key
 
