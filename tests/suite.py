@@ -1,7 +1,7 @@
 """How the whole suite runs: quick tests first, and no test passed over where nothing may be missing.
 
 Loaded by ``-p suite`` in pyproject.toml. With ``PEFTCLI_REQUIRE_DATA=1``, which ``.ci/run`` sets, a test that skips because a
-model or data set is not at hand fails instead; tests marked ``gpu`` alone may skip.
+model or data set is not at hand fails instead; only tests marked ``gpu`` or ``machine`` may skip.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
 
+def _may_skip(item: pytest.Item) -> bool:
+    return any(item.get_closest_marker(name) is not None for name in ("gpu", "machine"))
+
+
 def _refuse(report: Any, name: str) -> None:
     reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
     report.outcome = "failed"
@@ -35,7 +39,7 @@ def _refuse(report: Any, name: str) -> None:
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """A skipped test becomes a failed one."""
     report = yield
-    if REQUIRED and report.skipped and not hasattr(report, "wasxfail") and item.get_closest_marker("gpu") is None:
+    if REQUIRED and report.skipped and not hasattr(report, "wasxfail") and not _may_skip(item):
         _refuse(report, item.nodeid)
     return report
 

@@ -147,7 +147,8 @@ def test_figures_have_the_same_names_during_training(tiny_folders: dict[str, Pat
     records = [record for record in helpers.trace(tmp_path / "run") if "eval_loss" in record]
     assert len(records) > 2
     for record in records:
-        assert {name for name in record if name.startswith("eval_")} == {f"eval_{name}" for name in ("loss", *report.eval.metrics)}
+        names = {f"eval_{name}" for name in ("loss", "intervals", *report.eval.metrics)}
+        assert {name for name in record if name.startswith("eval_")} == names
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = next(path.parent for path in (tmp_path / "run" / "trackers").rglob("events.out.tfevents.*"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from typing import Any
 
 import helpers
 import pytest
@@ -14,7 +15,10 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from peftcli.kernels import fast
 from peftcli.model import fused
 
-compiled = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler on this machine")
+
+def compiled(test: Any) -> Any:
+    """A test of what a C compiler makes."""
+    return pytest.mark.machine(pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler on this machine")(test))
 
 
 @compiled

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,11 @@ from peftcli.kernels.elementwise import (
 )
 
 BF16, FP32 = torch.bfloat16, torch.float32
-compiled = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler on this machine")
+
+
+def compiled(test: Any) -> Any:
+    """A test of what a C compiler makes."""
+    return pytest.mark.machine(pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler on this machine")(test))
 
 
 def close(ours: Tensor, exact: Tensor, dtype: torch.dtype, units: float = 2.0) -> None:

@@ -113,6 +113,7 @@ def test_a_full_disk_ends_the_run_with_its_cause(size: int, text: str, tmp_path:
     assert not (tmp_path / "out" / "adapter").exists()
 
 
+@pytest.mark.machine
 @pytest.mark.skipif(not can_mount(), reason="this user may not mount a file system of its own")
 def test_a_file_system_that_is_really_full(text: str, tmp_path: Path) -> None:
     """The command on a file system with room for two checkpoints; what it leaves is copied away before that is gone."""
