@@ -322,12 +322,13 @@ def summarize(runs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def table(summary: list[dict[str, Any]]) -> str:
     """The summary as Markdown."""
-    head = ["task", "method", "length", "batch", "rank", "side", "tok/s", "supervised tok/s", "tok/CPU-s", "peak GiB", "last loss"]
+    head = ["task", "method", "rows x length", "rank", "side", "tok/s", "supervised tok/s", "tok/CPU-s", "peak GiB", "last loss"]
     head += ["beside the fastest peer", "by CPU time", "memory", "loss gap"]
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
     for line in summary:
         case = line["case"]
-        cells = [case["task"], case["method"], str(case["max_length"]), str(case["batch_size"]), str(case["rank"]), line["side"]]
+        work = f"{case['batch_size']} x {case['max_length']}"
+        cells = [case["task"], case["method"], work, str(case["rank"]) if case["method"] in RANKED else "", line["side"]]
         if "failed" in line:
             cells += [f"failed: {line['failed'][:100].replace('|', '/')}", *[""] * 8]
         else:

@@ -208,15 +208,19 @@ def repeat() -> str:
 
 
 def speed() -> str:
-    """Speed and memory beside the peers, as recorded."""
-    parts = []
+    """Speed and memory beside the peers, as recorded: one table for each machine."""
+    machines: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {}
     for path in sorted((ROOT / "scripts/results").glob("benchmark-*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         where = found["machine"]
-        versions: dict[str, str] = next((run["versions"] for run in found["runs"] if "versions" in run), {})
-        peers = ", ".join(f"{name} {version}" for name, version in versions.items())
-        about = f"{where['device_name']}, {where['cpu_capability']}, {where['threads']} thread{'s' * (where['threads'] > 1)}; {peers}."
-        parts += [benchmark.table(found["summary"]), "", about, ""]
+        about = f"{where['device_name']}, {where['cpu_capability']}, {where['threads']} thread{'s' * (where['threads'] > 1)}"
+        lines, runs = machines.setdefault(about, ([], []))
+        lines += found["summary"]
+        runs += found["runs"]
+    parts = []
+    for about, (lines, runs) in machines.items():
+        versions: dict[str, str] = next((run["versions"] for run in runs if "versions" in run), {})
+        parts += [benchmark.table(lines), "", f"{about}; {', '.join(f'{name} {version}' for name, version in versions.items())}.", ""]
     return "\n".join(parts).rstrip()
 
 
