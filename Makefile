@@ -20,7 +20,7 @@ quickstart: environment ## fine-tune a small chat model on this machine, measure
 	@echo "Talk to it:  $(BIN)/peftcli chat runs/quickstart"
 
 test: environment-dev ## run the whole test suite (ARGS="-x -k lora" goes to pytest)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 check: environment-dev ## format, lint, types, architecture
 	$(BIN)/ruff format --check .
