@@ -54,6 +54,7 @@ def build() -> str | None:
     return None if compiler is None or library(torch.float32) is None else _key(compiler)
 
 
+@functools.cache
 def _key(compiler: str) -> str:
     depends = [_SOURCE.read_text(encoding="utf-8"), _output(compiler, "--version"), " ".join(_FLAGS), _instructions()]
     return hashlib.sha256("\0".join(depends).encode()).hexdigest()[:24]
