@@ -23,13 +23,11 @@ import gzip
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import platform
 import re
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,7 +36,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from peers import ROOT, apart, peer_environment, run_script
+
 RESULTS = ROOT / "scripts" / "results"
 PEER = ROOT / "scripts" / "references" / "trainer_side.py"
 PACKAGES = ("transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "tokenizers", "huggingface_hub", "numpy")
@@ -189,15 +188,6 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def apart(function: Any, *arguments: Any) -> None:
-    """Call ``function`` in a fresh process."""
-    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise RuntimeError(f"{function.__name__} ended with code {process.exitcode}")
-
-
 # ---------------------------------------------------------------- the comparison
 
 
@@ -226,22 +216,6 @@ def write_labelled_rows(data: Path, count: int, out: Path) -> None:
             file.write(json.dumps({"text": row["sentence"], "label": row["label"]}) + "\n")
 
 
-def peer_environment(folder: Path) -> Path:
-    """An interpreter with the pinned peers, made where it is not there yet."""
-    python = folder / "bin" / "python"
-    done = folder / ".installed"
-    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "scripts" / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE))
-    wanted = "\n".join(f"{name}=={pins[name]}" for name in ("torch", *PACKAGES))
-    if not done.exists() or done.read_text(encoding="utf-8") != wanted:
-        print(f"making {folder} for the peers ...", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)  # noqa: S603
-        # torch first and alone: what comes after takes the build that is there.
-        for packages in ([f"torch=={pins['torch']}"], wanted.split()):
-            subprocess.run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages], check=True)  # noqa: S603
-        done.write_text(wanted, encoding="utf-8")
-    return python
-
-
 def run_peer(python: Path, case: Case, variant: str, work: Path, threads: int, result: Path) -> None:
     adapter = work / "adapter"
     description = {
@@ -250,14 +224,7 @@ def run_peer(python: Path, case: Case, variant: str, work: Path, threads: int, r
         "variant": variant, "quantization": "nf4" if case.method == "qlora" else None, "threads": threads, "seed": SEED,
         "batch_size": case.batch_size, "steps": case.steps, "learning_rate": case.learning_rate, "result": str(result),
     }  # fmt: skip
-    file = work / "case.json"
-    file.write_text(json.dumps(description), encoding="utf-8")
-    log = result.with_suffix(".log")
-    with log.open("w", encoding="utf-8") as out:
-        ended = subprocess.run([str(python), str(PEER), str(file)], stdout=out, stderr=subprocess.STDOUT, check=False)  # noqa: S603
-    if ended.returncode:
-        lines = log.read_text(encoding="utf-8").strip().splitlines()
-        raise RuntimeError(lines[-1] if lines else f"code {ended.returncode}")
+    run_script(python, PEER, description, work, result)
 
 
 def measure(side: str, case: Case, work: Path, threads: int, python: Path | None) -> dict[str, Any]:
@@ -390,7 +357,7 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     python = None
     if not args.alone:
-        python = args.peer_python or peer_environment(args.peers)
+        python = args.peer_python or peer_environment(args.peers, "the peers", ("torch", *PACKAGES), first=("torch",))
     facts = machine(args.threads)
     name = re.sub(r"[^a-z0-9]+", "-", f"{facts['device_name']} {args.threads} threads".lower()).strip("-")
     results: Path = args.results or RESULTS / f"benchmark-{name}.json"

@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from peers import ROOT, apart, peer_environment, run_script
+
 RESULTS = ROOT / "scripts" / "results"
 PEER = ROOT / "scripts" / "references" / "gpu_side.py"
 OURS = "peftcli"
@@ -224,30 +223,7 @@ def ours(case: Case, work: Path, result: Path) -> None:
     result.write_text(json.dumps({"steps": steps, "fast_paths": fast.taken()}), encoding="utf-8")
 
 
-def apart(function: Any, *arguments: Any) -> None:
-    """Call ``function`` in a fresh process."""
-    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise RuntimeError(f"{function.__name__} ended with code {process.exitcode}")
-
-
 # ---------------------------------------------------------------- the comparison
-
-
-def peer_environment(name: str, folder: Path) -> Path:
-    """An interpreter with the pinned peer, made where it is not there yet."""
-    python, done = folder / "bin" / "python", folder / ".installed"
-    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "scripts" / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE))
-    shared, own = PEERS[name]
-    wanted = [*(f"{package}=={pins[package]}" for package in shared), *own]
-    if not done.exists() or done.read_text(encoding="utf-8").split() != wanted:
-        print(f"making {folder} for {name} ...", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)  # noqa: S603
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted], check=True)  # noqa: S603
-        done.write_text("\n".join(wanted), encoding="utf-8")
-    return python
 
 
 def run_peer(python: Path, side: str, variant: str, case: Case, work: Path, result: Path) -> None:
@@ -255,13 +231,7 @@ def run_peer(python: Path, side: str, variant: str, case: Case, work: Path, resu
         **asdict(case), "side": side, "variant": variant, "model": str(work / "model"), "rows": str(work / "rows.json"), "seed": SEED,
         "quantization": "nf4" if case.kind == "nf4" else None, "shape": SHAPES[case.shape], "result": str(result),
     }  # fmt: skip
-    file, log = work / "case.json", result.with_suffix(".log")
-    file.write_text(json.dumps(description), encoding="utf-8")
-    with log.open("w", encoding="utf-8") as out:
-        ended = subprocess.run([str(python), str(PEER), str(file)], stdout=out, stderr=subprocess.STDOUT, check=False)  # noqa: S603
-    if ended.returncode:
-        lines = log.read_text(encoding="utf-8").strip().splitlines()
-        raise RuntimeError(lines[-1] if lines else f"code {ended.returncode}")
+    run_script(python, PEER, description, work, result)
 
 
 def measure(case: Case, side: str, variant: str, work: Path, python: Path | None) -> dict[str, Any]:
@@ -347,7 +317,9 @@ def main() -> None:
     if not todo:
         raise SystemExit(f"--only: no such case; there are {', '.join(case.name for case in cases(args.steps, tiny=args.tiny))}")
     ready = dict(item.split("=", 1) for item in args.peer)
-    pythons = {name: Path(ready[name]) if name in ready else peer_environment(name, args.environments / name) for name in args.peers}
+    pythons = {
+        name: Path(ready[name]) if name in ready else peer_environment(args.environments / name, name, *PEERS[name]) for name in args.peers
+    }
     facts, runs = machine(), []
     with tempfile.TemporaryDirectory() as temporary:
         for case in todo:
