@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+import compare_methods as cm
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import compare_methods as cm  # noqa: E402
-
-from peftcli.methods import registry  # noqa: E402
+from peftcli.methods import registry
 
 
 @pytest.fixture

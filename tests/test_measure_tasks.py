@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import classifiers
+import measure_tasks as mt
 import pytest
 
+from peftcli.recipe.load import load_recipe
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import measure_tasks as mt  # noqa: E402
-
-from peftcli.recipe.load import load_recipe  # noqa: E402
 
 
 @pytest.fixture

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import helpers
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
 import measure_tasks
+import pytest
 
 DATA, MODELS = os.environ.get("PEFTCLI_DATA_DIR"), os.environ.get("PEFTCLI_MODELS_DIR")
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import classifiers
 import helpers
+import measure_tasks
 import numpy as np
 import pytest
 import torch
@@ -30,10 +30,6 @@ from peftcli.result import open_result
 from peftcli.tasks import registry as tasks
 from peftcli.tasks.base import Layout
 from peftcli.tasks.token_classification import Tagger, entities, kinds, spans_entities
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-import measure_tasks
 
 DATA, MODELS = os.environ.get("PEFTCLI_DATA_DIR"), os.environ.get("PEFTCLI_MODELS_DIR")
 PEOPLE, PLACES = ["Ann", "Bob Lee", "Zoë"], ["Rome", "New York"]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import helpers
@@ -33,6 +34,15 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
         output, _ = process.communicate()
         pytest.fail(f"the command hangs: {output[-2000:]}")
     return process.returncode, output
+
+
+def wait(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
+    """Until a run that has been started has come so far."""
+    until = time.monotonic() + 100
+    while not reached():
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -71,11 +81,7 @@ def test_two_processes_are_one_with_twice_the_batch(recipe: Path, tmp_path: Path
 def test_a_signal_writes_a_checkpoint_and_ends_with_its_code(number: signal.Signals, processes: int, recipe: Path, tmp_path: Path) -> None:
     process = start(recipe, "train.epochs=2000", "train.save_steps=null", "train.eval_steps=null", "--processes", str(processes))
     metrics = tmp_path / "out" / "metrics.jsonl"
-    until = time.monotonic() + 100
-    while not (metrics.is_file() and metrics.read_text().count("\n") >= 3):
-        assert process.poll() is None, process.communicate()[0][-3000:]
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    wait(process, lambda: metrics.is_file() and metrics.read_text().count("\n") >= 3)
     process.send_signal(number)
     code, output = finish(process)
     assert code == 128 + number, output[-3000:]
@@ -93,11 +99,7 @@ def test_a_second_signal_leaves_at_once_and_tears_nothing(recipe: Path, tmp_path
     """A checkpoint in every step: the second one arrives while the first one's is being written, or close to it."""
     process = start(recipe, "train.epochs=2000", "train.save_steps=1", "train.eval_steps=null")
     root = tmp_path / "out" / "checkpoints"
-    until = time.monotonic() + 100
-    while not (root / "step-3").is_dir():
-        assert process.poll() is None, process.communicate()[0][-3000:]
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    wait(process, (root / "step-3").is_dir)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
     code, output = finish(process)
@@ -114,11 +116,7 @@ def test_no_process_outlives_one_that_is_killed(victim: str, recipe: Path, tmp_p
     """Left alone they would wait for each other, and hold the folder against `--resume`."""
     process = start(recipe, "train.epochs=2000", "--processes", "2")
     root = tmp_path / "out" / "checkpoints"
-    until = time.monotonic() + 100
-    while not (root / "step-3").is_dir():
-        assert process.poll() is None, process.communicate()[0][-3000:]
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    wait(process, (root / "step-3").is_dir)
     workers = psutil.Process(process.pid).children(recursive=True)
     assert len(workers) >= 2
     (psutil.Process(process.pid) if victim == "the launcher" else workers[-1]).kill()
