@@ -22,11 +22,10 @@ from torch import Tensor, nn
 
 from peftcli.errors import UsageError
 from peftcli.kernels import fast, varlen
+from peftcli.kernels.grouping import by_length
 from peftcli.kernels.transfer import ahead
 
 NAME = "peftcli_packed"
-# A rectangle may be this much larger than its tokens before a new one is begun: a call costs about as much as that waste.
-_WASTE = 1.25
 # Queries in one block of plain products.
 _BLOCK = 96
 # Rows up to this many tokens take plain products on the CPU: (causal, in both directions). Measured on a core with AVX512-BF16, forward and
@@ -78,17 +77,7 @@ class Documents:
     @functools.cached_property
     def _laid(self) -> tuple[list[Rectangle], Tensor]:
         starts = list(itertools.accumulate(self.lengths, initial=self.shared))
-        order = sorted(range(len(self.lengths)), key=lambda i: (-self.lengths[i], i))
-        groups: list[list[int]] = []
-        for index in order:
-            group = groups[-1] if groups else None
-            if group is not None:
-                tall = self.lengths[group[0]]
-                tokens = sum(self.lengths[i] for i in group) + self.lengths[index]
-                if tall * (len(group) + 1) <= _WASTE * tokens:
-                    group.append(index)
-                    continue
-            groups.append([index])
+        groups = by_length(range(len(self.lengths)), [self.lengths])
         rectangles: list[Rectangle] = []
         # In numpy: under fake tensors (memory estimates) the numbers stay known.
         inverse = np.arange(self.total, dtype=np.int64)

@@ -14,10 +14,10 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from peftcli.data.batching import by_length
 from peftcli.data.kinds import RowKind
 from peftcli.data.splits import Split
 from peftcli.kernels import fast
+from peftcli.kernels.grouping import by_length
 from peftcli.methods.base import Loss
 from peftcli.recipe.schema import DatasetSection
 from peftcli.recipe.tasks import TaskSection
@@ -26,6 +26,9 @@ from peftcli.tasks.intervals import Metric
 __all__ = ["Head", "Layout", "Measured", "Metric", "Task", "TaskModule"]
 
 S = TypeVar("S", bound=TaskSection)
+# Tokens, padding included, up to which a batch is filled before another is begun: each has a cost of its own. Measured with MiniLM and 32
+# rows of SST-2, forward and backward on one core: 0.69 s instead of 1.16 in float32, 0.62 instead of 0.97 in bfloat16; with 128 as fast.
+_FEW_TOKENS = 256
 Measured = dict[str, Tensor]
 
 
@@ -142,10 +145,12 @@ class Task(ABC, Generic[S]):
         Args:
             widths: of the split.
         """
-        if layout.packed or not layout.grouped or len(rows) < 2:
+        if layout.packed or not layout.grouped or not fast.on():
             return [list(rows)]
-        groups = by_length(rows, widths)
-        return groups if len(groups) == 1 or fast.take("rows of similar lengths padded together") else [list(rows)]
+        groups = by_length(rows, widths, _FEW_TOKENS) or [[]]
+        if len(groups) > 1:
+            fast.take("rows of similar lengths padded together")
+        return groups
 
     @abstractmethod
     def batch(self, split: Split, rows: Sequence[int], layout: Layout, *, silent: bool = False) -> Any:

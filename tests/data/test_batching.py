@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftcli.data.batching import Plan, by_length, collate
+from peftcli.data.batching import Plan, collate
 from peftcli.errors import UsageError
+from peftcli.kernels.grouping import by_length
 
 
 def plan(lengths: list[int], *, size: int | None = None, tokens: int | None = None, accumulation: int = 1, processes: int = 1, seed: int = 5,
@@ -157,9 +158,9 @@ def test_a_silent_batch_carries_no_loss() -> None:
 def test_rows_of_similar_lengths_go_together(lengths: list[tuple[int, int]], parts: int, seed: int) -> None:
     widths = [[pair[part] for pair in lengths] for part in range(parts)]
     rows = list(np.random.default_rng(seed).permutation(len(lengths)))
-    groups = by_length(rows, widths)
+    groups = by_length(rows, widths, 256)
     assert sorted(row for group in groups for row in group) == sorted(rows)
-    assert groups == by_length(sorted(rows), widths)  # whatever their order
+    assert groups == by_length(sorted(rows), widths, 256)  # whatever their order
     for group in groups:
         tokens = sum(width[row] for row in group for width in widths)
         padded = sum(max(width[row] for row in group) for width in widths) * len(group)
