@@ -21,7 +21,7 @@ from torch import Tensor
 
 from peftcli.errors import UsageError
 from peftcli.kernels import fast
-from peftcli.kernels.attention import Documents
+from peftcli.kernels.documents import Documents
 from peftcli.kernels.transfer import ahead
 
 IntArray = NDArray[np.int32]

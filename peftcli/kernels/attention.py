@@ -10,103 +10,25 @@ The plain reference (:func:`reference_attention`) builds the block-diagonal mask
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftcli.errors import UsageError
 from peftcli.kernels import fast, varlen
-from peftcli.kernels.grouping import by_length
-from peftcli.kernels.transfer import ahead
+from peftcli.kernels.documents import Documents
+from peftcli.kernels.products import products_attention
 
 NAME = "peftcli_packed"
-# Queries in one block of plain products.
-_BLOCK = 96
 # Rows up to this many tokens take plain products on the CPU: (causal, in both directions). Measured on a core with AVX512-BF16, forward and
-# backward, heads 9/3 of width 64: in bfloat16 8 rows of 192 tokens take 23 ms instead of 48, 4 of 384 take 30 instead of 75, 2 of 1024 take
-# 94 instead of 182; in float32 4 of 384 take 55 instead of 71, and shorter rows as long as before. Without a mask to save work at, the
-# advantage ended at 384 in bfloat16 and at about 100 in float32 (on two cores with AMX).
-_SHORT = {torch.bfloat16: (1024, 256), torch.float32: (512, 96), torch.float64: (512, 96)}
-
-
-@dataclass(frozen=True)
-class Rectangle:
-    """Documents that are attended to together.
-
-    Attributes:
-        rows, longest: its shape.
-        gather: [rows * longest] positions in the packed row; padding repeats position 0.
-        slots: [tokens] the places in the rectangle that hold tokens, and ``place``: where each lies in the packed row.
-        valid: [rows, longest], or ``None`` where there is no padding.
-    """
-
-    rows: int
-    longest: int
-    gather: Tensor
-    slots: Tensor
-    place: Tensor
-    valid: Tensor | None
-
-
-class Documents:
-    """Where each document lies in a packed row of ``total`` tokens, prepared once for all layers of a batch.
-
-    Args:
-        lengths: of the documents, in the order in which they lie.
-        device: of the index tensors.
-        shared: tokens with which every document begins. They lie once, in front of all, are no part of ``lengths``, and every
-            document sees them; each document's positions go on behind them.
-    """
-
-    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu", shared: int = 0) -> None:
-        self.lengths, self.shared = tuple(lengths), shared
-        self.total, self.longest = shared + sum(self.lengths), max(self.lengths, default=0)
-        self.device = torch.device(device)
-
-    @functools.cached_property
-    def starts(self) -> Tensor:
-        """[documents + 1] int32: where each document begins, and the end."""
-        return ahead(torch.from_numpy(np.cumsum([0, *self.lengths], dtype=np.int32)), self.device)
-
-    @functools.cached_property
-    def _laid(self) -> tuple[list[Rectangle], Tensor]:
-        starts = list(itertools.accumulate(self.lengths, initial=self.shared))
-        groups = by_length(range(len(self.lengths)), [self.lengths])
-        rectangles: list[Rectangle] = []
-        # In numpy: under fake tensors (memory estimates) the numbers stay known.
-        inverse = np.arange(self.total, dtype=np.int64)
-        offset = self.shared
-        for group in groups:
-            longest = self.lengths[group[0]]
-            gather = np.zeros((len(group), longest), dtype=np.int64)
-            valid = np.zeros((len(group), longest), dtype=np.bool_)
-            for row, index in enumerate(group):
-                start, length = starts[index], self.lengths[index]
-                gather[row, :length] = np.arange(start, start + length)
-                valid[row, :length] = True
-                inverse[start : start + length] = np.arange(offset, offset + length)
-                offset += longest
-            flat, slots = gather.reshape(-1), np.flatnonzero(valid)
-            parts = [ahead(torch.from_numpy(x), self.device) for x in (flat, slots, flat[slots])]
-            padded = None if valid.all() else ahead(torch.from_numpy(valid), self.device)
-            rectangles.append(Rectangle(len(group), longest, parts[0], parts[1], parts[2], padded))
-        return rectangles, ahead(torch.from_numpy(inverse), self.device)
-
-    @property
-    def rectangles(self) -> list[Rectangle]:
-        """The documents in rectangles of similar lengths."""
-        return self._laid[0]
-
-    @property
-    def inverse(self) -> Tensor:
-        """[total] where each token lies in the shared beginning and the rectangles, one behind the other."""
-        return self._laid[1]
+# backward, heads 9/3 of width 64: in bfloat16 8 rows of 192 tokens take 18 ms instead of 42 (fused attention), 2 of 1024 take 82 instead
+# of 139, one of 4096 takes 710 instead of 833; in float32 4 of 384 take 45 instead of 62, one of 2048 takes 287 instead of 269, and without
+# a causal mask, which spares half of the products, none gains.
+_ANY = 1 << 62
+_LONGEST = {torch.bfloat16: (_ANY, _ANY), torch.float32: (1024, 0), torch.float64: (1024, 0)}
 
 
 class Prefix:
@@ -207,6 +129,11 @@ def packed_attention(
     if alone and varlen.serves(q, v, dtype) and fast.take("variable-length attention"):
         q, k, v = (x.to(dtype) for x in (q, k, v))
         return varlen.attend(q, k, v, documents.starts, documents.longest, scaling=scaling, causal=causal).unsqueeze(0)
+    limit = _LONGEST.get(dtype, (0, 0))[0 if causal else 1] if query.device.type == "cpu" and dropout == 0.0 else 0
+    if documents.longest <= limit and fast.take("attention by plain products"):
+        front = None if prefix is None else (prefix[0].to(dtype), prefix[1].to(dtype))
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+        return products_attention(q, k, v, documents, scaling=scaling, causal=causal, prefix=front).unsqueeze(0)
     if shared:
         first = [x[:shared].unsqueeze(0).transpose(1, 2) for x in (q, k, v)]
         outputs.append(_attend(first, None, scaling, causal, dropout, prefix))
@@ -237,18 +164,12 @@ def _attend(
     """[rows * length, heads, width] from query, key and value [rows, heads, length, width] of rows that see ``prefix`` and themselves."""
     query, key = parts[0], parts[1]
     rows, heads, length, _ = query.shape
-    limit = _SHORT.get(query.dtype, (0, 0))[0 if causal else 1] if query.device.type == "cpu" and dropout == 0.0 else 0
-    short = length <= limit and fast.take("attention of short rows by plain products")
     extra = 0
     if prefix is not None:
-        parts, mask, extra = _with_prefix(parts, mask, prefix, square=causal and not short)
-    if short:
-        out = _short_attention(parts[0], parts[1], parts[2], mask, scaling, causal)
-    else:
-        grouped = heads > key.shape[1]
-        out = F.scaled_dot_product_attention(
-            parts[0], parts[1], parts[2], attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
-        )[:, :, extra:]
+        parts, mask, extra = _with_prefix(parts, mask, prefix, square=causal)
+    out = F.scaled_dot_product_attention(
+        parts[0], parts[1], parts[2], attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=heads > key.shape[1]
+    )[:, :, extra:]
     return out.transpose(1, 2).reshape(rows * length, heads, -1)
 
 
@@ -273,70 +194,12 @@ def _with_prefix(
     return [query, key, value], mask, count if square else 0
 
 
-class _Products(torch.autograd.Function):
-    """Attention by plain products. Queries are [rows, key-value heads, heads for each, length, width], keys and values [rows, key-value
-    heads, keys, width]. Causal rows go in blocks of queries, each against the keys up to its end only: what a causal mask would hide is
-    mostly not computed. The softmax's weights are kept, and nothing else that is square."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, causal: bool, scaling: float) -> Tensor:
-        length, extra = query.shape[3], key.shape[2] - query.shape[3]
-        count = max(1, round(length / _BLOCK)) if causal else 1
-        edges = [length * i // count for i in range(count + 1)]
-        out = query.new_empty(*query.shape[:4], value.shape[3])
-        kept = []
-        for start, end in itertools.pairwise(edges):
-            some, seen = (query[:, :, :, start:end] * scaling).flatten(2, 3), extra + end if causal else key.shape[2]
-            scores = some @ key[:, :, :seen].transpose(-1, -2)
-            each = scores.view(*query.shape[:3], end - start, seen)
-            if causal:
-                later = torch.full((end - start, end - start), float("-inf"), dtype=scores.dtype, device=scores.device).triu_(1)
-                each[..., extra + start :] += later
-            elif hidden is not None:
-                each += hidden
-            weights = scores.softmax(-1)
-            out[:, :, :, start:end] = (weights @ value[:, :, :seen]).view_as(out[:, :, :, start:end])
-            kept += [some, weights]
-        ctx.save_for_backward(key, value, *kept)
-        ctx.edges, ctx.shape, ctx.scaling = edges, query.shape, scaling
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
-        key, value, *kept = ctx.saved_tensors
-        for_query, for_key, for_value = grads[0].new_empty(ctx.shape), torch.zeros_like(key), torch.zeros_like(value)
-        for index, (start, end) in enumerate(itertools.pairwise(ctx.edges)):
-            some, weights = kept[2 * index : 2 * index + 2]
-            seen, grad = weights.shape[-1], grads[0][:, :, :, start:end].flatten(2, 3)
-            scores = torch._softmax_backward_data(grad @ value[:, :, :seen].transpose(-1, -2), weights, -1, weights.dtype)
-            for_query[:, :, :, start:end] = (scores @ key[:, :, :seen]).view_as(for_query[:, :, :, start:end]) * ctx.scaling
-            for_key[:, :, :seen] += scores.transpose(-1, -2) @ some
-            for_value[:, :, :seen] += weights.transpose(-1, -2) @ grad
-        return for_query, for_key, for_value, None, None, None
-
-
 def _common(*parts: Tensor) -> torch.dtype:
     """The dtype that products of ``parts`` are computed in."""
     device = parts[0].device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return functools.reduce(torch.promote_types, (part.dtype for part in parts))
-
-
-def _short_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, causal: bool) -> Tensor:
-    """[rows, heads, longest, width] by plain products. On the CPU the fused kernel's backward pass costs more than these
-    for short rows; query heads that share a key-value head are one taller matrix, so nothing is repeated."""
-    if not query.dtype == key.dtype == value.dtype:
-        # Under autocast positions turn queries and keys into float32; the fused kernel is given one dtype by autocast itself.
-        query, key, value = (x.to(_common(query, key, value)) for x in (query, key, value))
-    rows, heads, longest, width = query.shape
-    shared = key.shape[1]
-    hidden = None
-    if mask is not None and not causal:
-        hidden = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(~mask, float("-inf")).unsqueeze(2)
-    each = query.reshape(rows, shared, heads // shared, longest, width)
-    out: Tensor = _Products.apply(each, key.contiguous(), value.contiguous(), hidden, causal, scaling)  # type: ignore[no-untyped-call]
-    return out.view(rows, heads, longest, -1)
 
 
 def reference_attention(

@@ -14,15 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftcli.kernels import native
+from peftcli.kernels.again import cheap
+
+
+def _normalized(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    width = x.shape[-1]
+    out, inverse = torch.empty_like(x), x.new_empty(x.numel() // width, dtype=torch.float32)
+    native.call("rms_norm", x, x, weight, out, inverse, len(inverse), width, float(eps))
+    return out, inverse
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x, weight = x.contiguous(), weight.contiguous()
-        width = x.shape[-1]
-        out, inverse = torch.empty_like(x), x.new_empty(x.numel() // width, dtype=torch.float32)
-        native.call("rms_norm", x, x, weight, out, inverse, len(inverse), width, float(eps))
+        out, inverse = _normalized(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
         return out
 
@@ -46,8 +51,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Args:
         x: [..., width] on the CPU, ``weight`` [width] of the same dtype: bfloat16 or float32.
     """
+    x, weight = x.contiguous(), weight.contiguous()
     out: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
-    return out
+    return cheap(out, lambda x, weight: _normalized(x, weight, eps)[0], x, weight)
 
 
 def reference_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -56,14 +62,17 @@ def reference_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    out, width = torch.empty_like(gate), gate.shape[-1]
+    native.call("swiglu", gate, gate, up, out, gate.numel() // width, width)
+    return out
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
-        out, width = torch.empty_like(gate), gate.shape[-1]
-        native.call("swiglu", gate, gate, up, out, gate.numel() // width, width)
         ctx.save_for_backward(gate, up)
-        return out
+        return _gated(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,8 +85,9 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) * up`` for two [..., width] on the CPU of one dtype: bfloat16 or float32. Rounded once, at the end."""
+    gate, up = gate.contiguous(), up.contiguous()
     out: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
-    return out
+    return cheap(out, _gated, gate, up)
 
 
 def reference_swiglu(gate: Tensor, up: Tensor) -> Tensor:

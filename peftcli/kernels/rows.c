@@ -30,6 +30,14 @@ static inline value store(float wide) { return wide; }
 static inline float rounded(float wide) { return wide; }
 #endif
 
+#ifdef _OPENMP
+#include <omp.h>
+static inline long thread(void) { return omp_get_thread_num(); }
+#else
+static inline long thread(void) { return 0; }
+#endif
+
+#define LANES 16 /* numbers in a vector */
 #define ROWS _Pragma("omp parallel for schedule(static) num_threads(threads)")
 
 /* e^x to 2 units in the last place, for x from -87 to 88; beyond, what it is there (1e-38, 1e38). */
@@ -173,6 +181,70 @@ void cross_entropy(value *logits, const int64_t *target, float *loss, float *inv
     }
 }
 
+/* Scores [batches, queries * group, keys] become the softmax of scaling times them, over the keys that a query sees. The queries begin with
+ * number `first`; a causal one sees the keys up to its own, which `extra` others precede; another those of its row, which has lengths[batch
+ * / heads] of its own, or all. */
+void softmax(value *scores, float *scratch, const int64_t *lengths, long batches, long heads, long height, long group, long keys, long extra,
+             long first, long causal, float scaling, int threads) {
+    long wide = (keys + LANES - 1) / LANES * LANES;
+    ROWS
+    for (long row = 0; row < batches * height; row++) {
+        value *x = scores + row * keys;
+        float *power = scratch + thread() * wide;
+        long batch = row / height, query = row % height / group;
+        long seen = causal ? extra + first + query + 1 : lengths ? extra + lengths[batch / heads] : keys;
+        long pieces = (seen + LANES - 1) / LANES;
+        float tops[LANES], sums[LANES], top = -INFINITY, sum = 0;
+        int broken = 0;
+#pragma omp simd reduction(| : broken)
+        for (long i = 0; i < seen; i++) {
+            power[i] = load(x[i]) * scaling;
+            broken |= power[i] != power[i];
+        }
+        /* Whole vectors from here on: what lies behind the last key is nothing. */
+        for (long i = seen; i < pieces * LANES; i++) power[i] = -INFINITY;
+        for (long k = 0; k < LANES; k++) tops[k] = -INFINITY, sums[k] = 0;
+        for (long piece = 0; piece < pieces; piece++)
+            for (long k = 0; k < LANES; k++) tops[k] = power[piece * LANES + k] > tops[k] ? power[piece * LANES + k] : tops[k];
+        for (long k = 0; k < LANES; k++) top = tops[k] > top ? tops[k] : top;
+        if (broken) top = NAN;
+        for (long piece = 0; piece < pieces; piece++)
+            for (long k = 0; k < LANES; k++) {
+                float each = exponential(power[piece * LANES + k] - top);
+                power[piece * LANES + k] = each;
+                sums[k] += each;
+            }
+        for (long k = 0; k < LANES; k++) sum += sums[k];
+        float share = 1.0f / sum;
+#pragma omp simd
+        for (long i = 0; i < seen; i++) x[i] = store(power[i] * share);
+        for (long i = seen; i < keys; i++) x[i] = store(0.0f);
+    }
+}
+
+/* grad = scaling * weights * (grad - sum(grad * weights)) of each row */
+void softmax_backward(const value *weights, value *grad, long rows, long keys, float scaling, int threads) {
+    long whole = keys / LANES * LANES, rest = keys - whole;
+    ROWS
+    for (long row = 0; row < rows; row++) {
+        const value *w = weights + row * keys;
+        value *g = grad + row * keys;
+        /* The end of a row as a whole vector, so that nothing goes number by number. */
+        value last_w[LANES] = {0}, last_g[LANES] = {0};
+        memcpy(last_w, w + whole, rest * sizeof(value));
+        memcpy(last_g, g + whole, rest * sizeof(value));
+        float sums[LANES], sum = 0;
+        for (long k = 0; k < LANES; k++) sums[k] = load(last_w[k]) * load(last_g[k]);
+        for (long i = 0; i < whole; i += LANES)
+            for (long k = 0; k < LANES; k++) sums[k] += load(w[i + k]) * load(g[i + k]);
+        for (long k = 0; k < LANES; k++) sum += sums[k];
+        for (long i = 0; i < whole; i += LANES)
+            for (long k = 0; k < LANES; k++) g[i + k] = store(scaling * load(w[i + k]) * (load(g[i + k]) - sum));
+        for (long k = 0; k < LANES; k++) last_g[k] = store(scaling * load(last_w[k]) * (load(last_g[k]) - sum));
+        memcpy(g + whole, last_g, rest * sizeof(value));
+    }
+}
+
 /* Each row as 8-bit numbers times a factor: out = round(x * by / factor), factor [rows] = max |x * by| / 127; by [width] or none. */
 void quantize(const value *x, const float *by, int8_t *out, float *factor, long rows, long width, int threads) {
     ROWS
@@ -181,16 +253,30 @@ void quantize(const value *x, const float *by, int8_t *out, float *factor, long 
         int8_t *to = out + row * width;
         float top = 0;
         int broken = 0;
+        if (by) {
 #pragma omp simd reduction(max : top) reduction(| : broken)
-        for (long i = 0; i < width; i++) {
-            float v = fabsf(load(in[i]) * (by ? by[i] : 1.0f));
-            top = v > top ? v : top;
-            broken |= !(v < INFINITY);
+            for (long i = 0; i < width; i++) {
+                float v = fabsf(load(in[i]) * by[i]);
+                top = v > top ? v : top;
+                broken |= !(v < INFINITY);
+            }
+        } else {
+#pragma omp simd reduction(max : top) reduction(| : broken)
+            for (long i = 0; i < width; i++) {
+                float v = fabsf(load(in[i]));
+                top = v > top ? v : top;
+                broken |= !(v < INFINITY);
+            }
         }
-        float scale = top > 0 ? 127.0f / top : 0.0f;
+        float scale = broken || top == 0 ? 0.0f : 127.0f / top;
         factor[row] = broken ? NAN : top / 127.0f;
+        if (by) {
 #pragma omp simd
-        for (long i = 0; i < width; i++) to[i] = (int8_t)(int32_t)rintf(load(in[i]) * (by ? by[i] : 1.0f) * (broken ? 0.0f : scale));
+            for (long i = 0; i < width; i++) to[i] = (int8_t)(int32_t)rintf(load(in[i]) * by[i] * scale);
+        } else {
+#pragma omp simd
+            for (long i = 0; i < width; i++) to[i] = (int8_t)(int32_t)rintf(load(in[i]) * scale);
+        }
     }
 }
 

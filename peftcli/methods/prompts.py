@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from peftcli.errors import CheckpointError, UsageError
-from peftcli.kernels.attention import Documents, PackingUnsupportedError, Prefix
+from peftcli.kernels.attention import PackingUnsupportedError, Prefix
+from peftcli.kernels.documents import Documents
 from peftcli.methods.base import C, Caps, Context, Method
 from peftcli.methods.kinds import Wrapper, freeze, new_modules, train_whole
 from peftcli.methods.targets import classification_heads

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from peftcli.data.kinds import RowKind
 from peftcli.data.splits import Split
 from peftcli.kernels import fast
+from peftcli.kernels.again import sparing
 from peftcli.kernels.grouping import by_length
 from peftcli.methods.base import Loss
 from peftcli.recipe.schema import DatasetSection
@@ -71,6 +72,11 @@ class TaskModule(nn.Module, ABC):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As every module is called; what costs little to compute again is not kept for the backward pass."""
+        with sparing():
+            return super().__call__(*args, **kwargs)
 
     @abstractmethod
     def forward(self, batch: Any) -> Loss:

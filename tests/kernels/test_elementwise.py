@@ -89,7 +89,8 @@ def test_the_weight_of_a_norm_may_be_trained(dtype: torch.dtype) -> None:
 @given(rows=st.integers(1, 9), width=st.integers(1, 70), dtype=st.sampled_from([BF16, FP32]), seed=st.integers(0, 99))
 def test_swiglu(rows: int, width: int, dtype: torch.dtype, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
-    check(swiglu, reference_swiglu, [torch.randn(rows, width, generator=g) * 4 for _ in range(2)], 2, dtype)
+    # The gradient is a product of four roundings and of e^x, which is exact to 2 units.
+    check(swiglu, reference_swiglu, [torch.randn(rows, width, generator=g) * 4 for _ in range(2)], 2, dtype, units=10.0)
 
 
 @compiled

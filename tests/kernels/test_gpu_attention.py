@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peftcli.kernels import fast, varlen
-from peftcli.kernels.attention import Documents, packed_attention, reference_attention
+from peftcli.kernels.attention import packed_attention, reference_attention
+from peftcli.kernels.documents import Documents
 
 NAME = "variable-length attention"
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

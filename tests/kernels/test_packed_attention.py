@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peftcli.data.batching import collate
-from peftcli.kernels import attention, fast
-from peftcli.kernels.attention import Documents, packed_attention, reference_attention
+from peftcli.kernels import attention, fast, native, products
+from peftcli.kernels.attention import packed_attention, reference_attention
+from peftcli.kernels.documents import Documents
 from peftcli.tasks.causal_lm import CausalLM, supports_packing
 
 
@@ -44,18 +45,61 @@ def outputs_and_gradients(function: Any, qkv: list[Tensor], documents: Documents
     causal=st.booleans(),
     plain=st.booleans(),
     block=st.sampled_from([3, 8, 96]),
+    kept=st.sampled_from([4, 1024]),
     seed=st.integers(0, 100),
 )
 def test_equals_the_reference_in_float64(
-    lengths: list[int], heads: tuple[int, int], causal: bool, plain: bool, block: int, seed: int
+    lengths: list[int], heads: tuple[int, int], causal: bool, plain: bool, block: int, kept: int, seed: int
 ) -> None:
     documents, qkv = Documents(lengths), inputs(lengths, *heads, seed)
-    with path(plain), mock.patch.object(attention, "_BLOCK", block):
+    with (
+        path(plain),
+        mock.patch.dict(attention._LONGEST, {torch.float64: (99, 99)}),
+        mock.patch.object(products, "_BLOCK", block),
+        mock.patch.object(products, "_KEPT", kept),
+    ):
         ours = outputs_and_gradients(packed_attention, qkv, documents, causal)
     theirs = outputs_and_gradients(reference_attention, qkv, documents, causal)
     for a, b in zip(ours, theirs, strict=True):
         assert a.shape == b.shape
         assert float((a - b).abs().max()) <= 1e-10
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("shared", [0, 5])
+@pytest.mark.parametrize("prefix", [0, 3])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-6), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("kept", [4, 1024])
+def test_compiled_softmax_in_products(causal: bool, shared: int, prefix: int, dtype: torch.dtype, limit: float, kept: int) -> None:
+    """Lengths below, at and above whole vectors, beside the reference in float64 over the same numbers."""
+    lengths = [1, 16, 17, 33, 40, 15, 31, 64]
+    generator = torch.Generator().manual_seed(4)
+    total = shared + sum(lengths)
+    shapes = [(1, 6, total, 8), (1, 2, total, 8), (1, 2, total, 8), *([(2, prefix, 8)] * 2 if prefix else [])]
+    inputs = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    documents, results = Documents(lengths, shared=shared), []
+    for function, wide in ((packed_attention, dtype), (reference_attention, torch.float64)):
+        given = [x.to(wide).requires_grad_() for x in inputs]
+        with mock.patch.dict(attention._LONGEST, {dtype: (99, 99)}), mock.patch.object(products, "_KEPT", kept):
+            out = function(*given[:3], documents, scaling=0.37, causal=causal, prefix=tuple(given[3:]) or None)
+            weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+            results.append([x.double() for x in (out.detach(), *torch.autograd.grad((out * weight).sum(), given))])
+    for ours, theirs in zip(*results, strict=True):
+        assert float((ours - theirs).abs().max()) <= limit * max(1.0, float(theirs.abs().max()))
+
+
+@pytest.mark.machine
+@pytest.mark.skipif(native.library(torch.float32) is None, reason="no compiler on this machine")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_softmax_keeps_what_is_no_number(dtype: torch.dtype) -> None:
+    q, k, v = (torch.randn(1, 2, 40, 8, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3))
+    k[0, 0, 30, 0] = float("nan")
+    with mock.patch.dict(attention._LONGEST, {dtype: (99, 99)}):
+        out = packed_attention(q, k, v, Documents([40]), scaling=1.0)
+    seen = out[0, :, 0].isnan().any(-1)
+    assert not seen[:30].any()
+    assert seen[30:].all()
+    assert not out[0, :, 1].isnan().any()
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peftcli.data.batching import Batch, collate, shared_beginning
-from peftcli.kernels.attention import Documents, packed_attention, reference_attention
+from peftcli.kernels.attention import packed_attention, reference_attention
+from peftcli.kernels.documents import Documents
 from peftcli.methods import registry
 from peftcli.methods.base import Context
 from peftcli.tasks.causal_lm import CausalLM, supports_sharing

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peftcli.errors import UsageError
-from peftcli.kernels.attention import Documents, packed_attention, reference_attention
+from peftcli.kernels.attention import packed_attention, reference_attention
+from peftcli.kernels.documents import Documents
 from peftcli.methods.base import Context
 
 NAME = "prefix_tuning"
