@@ -262,7 +262,7 @@ class _Run:
             start = hf_peft.read_adapter(_adapter_folder(self.options.init_adapter))
             hf_peft.load_tensors(self.model, method, start.tensors, start.folder / hf_peft.WEIGHTS)
         if recipe.train.frozen_products is not None:
-            multiply_in_8_bits(self.model, recipe.train.frozen_products)
+            multiply_in_8_bits(self.model, recipe.train.frozen_products, next(self._batches()).forward)
         self.marks = output.fingerprints(self.model)
         self.clear()
         if self.need is not None:

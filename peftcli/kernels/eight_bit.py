@@ -66,7 +66,9 @@ class EightBit:
 
     dtype: ClassVar[torch.dtype]
     # The rows that came last, as they were, and what they were rounded to: layers of one input are multiplied one after the other.
-    last: ClassVar[tuple[weakref.ref[Tensor], int, Tensor, Tensor] | None] = None
+    last: ClassVar[tuple[weakref.ref[Tensor], int, Tensor | None, Tensor, Tensor] | None] = None
+    # [in] float32 that every row is multiplied by before it is rounded, and the forward weight divided by; none is all ones.
+    factors: Tensor | None = None
 
     def __init__(self, weight: Tensor) -> None:
         self.codes, self.scales = reference_quantize(weight, None, self.dtype)
@@ -76,22 +78,35 @@ class EightBit:
         if fast.take(_NAME):
             out = self._forward(codes, scales, rows.dtype)
         else:
-            out = reference_multiply(codes, scales, self.codes, self.scales, rows.dtype)
+            out = reference_multiply(codes, scales, *self._forward_weight(), rows.dtype)
         return out if bias is None else out.add_(bias)
 
-    def back(self, rows: Tensor) -> Tensor:
+    def back(self, rows: Tensor, onto: Tensor | None = None) -> Tensor:
         codes, scales = self._quantize(rows, self.scales)
         if fast.take(_NAME):
-            return self._backward(codes, scales, rows.dtype)
-        return reference_multiply(codes, scales, self.codes.t(), None, rows.dtype)
+            return self._backward(codes, scales, rows.dtype, onto)
+        out = reference_multiply(codes, scales, self.codes.t(), None, rows.dtype)
+        return out if onto is None else onto.add_(out)
+
+    def settle(self, weight: Tensor, factors: Tensor) -> None:
+        """Let every row be multiplied by ``factors`` before it is rounded, where that helps.
+
+        Args:
+            weight: [out, in] that this was made of. ``factors``: [in] float32, the same tensor for layers of one input, which then
+                round it once.
+        """
 
     def _once(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         last = EightBit.last
-        if last is not None and last[0]() is rows and last[1] == rows._version and last[2].dtype == self.dtype:
-            return last[2], last[3]
-        codes, scales = self._quantize(rows, None)
-        EightBit.last = (weakref.ref(rows), rows._version, codes, scales)
+        if last is not None and last[0]() is rows and last[1] == rows._version and last[2] is self.factors and last[3].dtype == self.dtype:
+            return last[3], last[4]
+        codes, scales = self._quantize(rows, self.factors)
+        EightBit.last = (weakref.ref(rows), rows._version, self.factors, codes, scales)
         return codes, scales
+
+    def _forward_weight(self) -> tuple[Tensor, Tensor]:
+        """Codes [out, in] and scales [out]."""
+        return self.codes, self.scales
 
     def _quantize(self, rows: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -99,7 +114,7 @@ class EightBit:
     def _forward(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         raise NotImplementedError
 
-    def _backward(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    def _backward(self, codes: Tensor, scales: Tensor, dtype: torch.dtype, onto: Tensor | None) -> Tensor:
         raise NotImplementedError
 
 
@@ -125,14 +140,27 @@ class Float8(EightBit):
         by = self.scales.unsqueeze(0)
         return torch._scaled_mm(codes, self.codes.t(), scales.unsqueeze(1), by, out_dtype=dtype, use_fast_accum=True)
 
-    def _backward(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        return torch._scaled_mm(codes, self.turned.t(), scales.unsqueeze(1), self.ones, out_dtype=dtype)
+    def _backward(self, codes: Tensor, scales: Tensor, dtype: torch.dtype, onto: Tensor | None) -> Tensor:
+        out = torch._scaled_mm(codes, self.turned.t(), scales.unsqueeze(1), self.ones, out_dtype=dtype)
+        return out if onto is None else onto.add_(out)
 
 
 class Int8(EightBit):
-    """In integers, whose sums are exact."""
+    """In integers, whose sums are exact.
+
+    A language model's activations hold a few columns that are a hundred times as large as the others, and rounding would leave the others
+    little. Factors that make them more alike go into the forward product's weight the other way round (:func:`evening`). The way back
+    keeps the weight as it is: a gradient has no such columns.
+    """
 
     dtype = torch.int8
+
+    def settle(self, weight: Tensor, factors: Tensor) -> None:
+        self.factors = factors
+        self.ahead = reference_quantize(weight.float() / factors, None, self.dtype)
+
+    def _forward_weight(self) -> tuple[Tensor, Tensor]:
+        return (self.codes, self.scales) if self.factors is None else self.ahead
 
     def _quantize(self, rows: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
         rows = rows.contiguous()
@@ -143,10 +171,11 @@ class Int8(EightBit):
         return codes, scales
 
     def _forward(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        return _widened(torch._int_mm(codes, self.codes.t()), scales, self.scales, dtype)
+        weight, by = self._forward_weight()
+        return _widened(torch._int_mm(codes, weight.t()), scales, by, dtype)
 
-    def _backward(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        return _widened(torch._int_mm(codes, self.codes), scales, None, dtype)
+    def _backward(self, codes: Tensor, scales: Tensor, dtype: torch.dtype, onto: Tensor | None) -> Tensor:
+        return _widened(torch._int_mm(codes, self.codes), scales, None, dtype, onto)
 
 
 class Int8Backward(Int8):
@@ -158,22 +187,34 @@ class Int8Backward(Int8):
         super().__init__(weight)
         self.weight = weight
 
+    def settle(self, weight: Tensor, factors: Tensor) -> None:
+        pass
+
     def times(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(rows, self.weight, bias)
 
 
-def _widened(sums: Tensor, scales: Tensor, by: Tensor | None, dtype: torch.dtype) -> Tensor:
-    out = sums.new_empty(sums.shape, dtype=dtype)
-    if native.usable(out):
-        native.call("dequantize", out, sums, scales, by, out, *sums.shape)
+def evening(largest: Tensor) -> Tensor:
+    """[in] factors for :meth:`EightBit.settle` from the largest number that each column of rows held: one over its square root, as
+    SmoothQuant does on the side of the activations (arXiv:2211.10438). Measured on SmolLM2-135M and 6 batches of GSM8K, the loss beside
+    float32's: 0.007 off in the mean, 0.027 without, where bfloat16 is 0.002 off; with a power of 0.7 instead of 0.5, 0.014."""
+    return largest.clamp_min(1e-3 * float(largest.mean())).clamp_min(1e-12).rsqrt()
+
+
+def _widened(sums: Tensor, scales: Tensor, by: Tensor | None, dtype: torch.dtype, onto: Tensor | None = None) -> Tensor:
+    """``sums * scales * by`` as ``dtype``, or ``onto`` with that added, where there is no ``by``."""
+    out = sums.new_empty(sums.shape, dtype=dtype) if onto is None else onto
+    if native.usable(out) and out.is_contiguous():
+        native.call("dequantize", out, sums, scales, by, out, *sums.shape, int(onto is not None))
         return out
     wide = sums.float().mul_(scales.unsqueeze(1))
-    return out.copy_(wide if by is None else wide.mul_(by))
+    wide = wide if by is None else wide.mul_(by)
+    return out.copy_(wide) if onto is None else out.add_(wide)
 
 
 KINDS: dict[str, type[EightBit]] = {"fp8": Float8, "int8": Int8, "int8_backward": Int8Backward}
 # Weights in 8 bits beside each dense one.
-COPIES = {None: 0, "fp8": 2, "int8": 1, "int8_backward": 1}
+COPIES = {None: 0, "fp8": 2, "int8": 2, "int8_backward": 1}
 # A product of fewer multiplications stays as it is: what rounding to 8 bits costs would be more than what the product saves. On a GPU
 # (2048, 2048, 2048) is an assumption, not measured by us; on the CPU every shape that was measured gained, the smallest (2,048 rows, 576
 # to 192) 1.3 times.

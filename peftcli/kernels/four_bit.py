@@ -35,8 +35,8 @@ class FourBit:
     def times(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(rows, self.expanded(), bias)
 
-    def back(self, rows: Tensor) -> Tensor:
-        return rows @ self.expanded()
+    def back(self, rows: Tensor, onto: Tensor | None = None) -> Tensor:
+        return rows @ self.expanded() if onto is None else onto.addmm_(rows, self.expanded())
 
     def expanded(self) -> Tensor:
         """[out, in] bfloat16; on a GPU only until the next weight is expanded there."""

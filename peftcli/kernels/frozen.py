@@ -19,8 +19,8 @@ class Product(Protocol):
     def times(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         """[n, in] -> [n, out] a tensor of its own: ``rows @ weight.T + bias``."""
 
-    def back(self, rows: Tensor) -> Tensor:
-        """[n, out] -> [n, in] a tensor of its own: ``rows @ weight``."""
+    def back(self, rows: Tensor, onto: Tensor | None = None) -> Tensor:
+        """[n, out] -> [n, in] a tensor of its own: ``rows @ weight``; or ``onto`` [n, in] with that added, in place."""
 
 
 class Dense:
@@ -32,8 +32,8 @@ class Dense:
     def times(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(rows, self.weight, bias)
 
-    def back(self, rows: Tensor) -> Tensor:
-        return rows @ self.weight
+    def back(self, rows: Tensor, onto: Tensor | None = None) -> Tensor:
+        return rows @ self.weight if onto is None else onto.addmm_(rows, self.weight)
 
 
 def product_of(base: nn.Module, x: Tensor) -> Product | None:

@@ -280,8 +280,8 @@ void quantize(const value *x, const float *by, int8_t *out, float *factor, long 
     }
 }
 
-/* out = sums * factor[row] * by[column], by [width] or none. */
-void dequantize(const int32_t *sums, const float *factor, const float *by, value *out, long rows, long width, int threads) {
+/* out = sums * factor[row] * by[column], by [width] or none; without it and with `onto` added to what is there. */
+void dequantize(const int32_t *sums, const float *factor, const float *by, value *out, long rows, long width, long onto, int threads) {
     ROWS
     for (long row = 0; row < rows; row++) {
         const int32_t *in = sums + row * width;
@@ -290,6 +290,9 @@ void dequantize(const int32_t *sums, const float *factor, const float *by, value
         if (by) {
 #pragma omp simd
             for (long i = 0; i < width; i++) to[i] = store((float)in[i] * scale * by[i]);
+        } else if (onto) {
+#pragma omp simd
+            for (long i = 0; i < width; i++) to[i] = store(load(to[i]) + (float)in[i] * scale);
         } else {
 #pragma omp simd
             for (long i = 0; i < width; i++) to[i] = store((float)in[i] * scale);

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftcli.kernels.frozen import Dense, Product
+from peftcli.kernels.frozen import Product
 
 
 class _Siblings(torch.autograd.Function):
@@ -41,14 +41,11 @@ class _Siblings(torch.autograd.Function):
         rows, low, thin, *thick = ctx.saved_tensors
         flat = [grad.flatten(0, -2) for grad in grads]
         for_low = torch.cat([grad @ each for grad, each in zip(flat, thick, strict=True)], dim=1)
-        for_x = None
+        for_x: Tensor | None = None
         if ctx.needs_input_grad[0]:
-            for_x = ctx.products[0].back(flat[0])
-            for product, grad in zip(ctx.products[1:], flat[1:], strict=True):
-                if isinstance(product, Dense):
-                    for_x.addmm_(grad, product.weight)
-                else:
-                    for_x += product.back(grad)
+            for product, grad in zip(ctx.products, flat, strict=True):
+                for_x = product.back(grad, onto=for_x)
+            assert for_x is not None
             for_x = for_x.addmm_(for_low, thin).view(ctx.shape)
         count, parts = len(thick), list(itertools.pairwise(ctx.edges))
         for_thin = for_low.t() @ rows

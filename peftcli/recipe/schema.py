@@ -226,9 +226,9 @@ class TrainSection(Section):
     )
     frozen_products: Literal["fp8", "int8", "int8_backward"] | None = Field(
         None,
-        description="Multiply by the frozen linear layers in 8 bits while training: faster, with rounding errors of a few hundredths in "
-        "each product. `fp8` for GPUs of compute capability 8.9 on, at two more bytes for each frozen weight; `int8` for CPUs with VNNI or "
-        "AMX, at one more byte; `int8_backward` only on the way back, so that the loss stays exact and gradients nearly so. Adapters, "
+        description="Multiply by the frozen linear layers in 8 bits while training: faster, with rounding errors of one or two hundredths "
+        "in each product. `fp8` for GPUs of compute capability 8.9 on and `int8` for CPUs with VNNI or AMX, at two more bytes for each "
+        "frozen weight; `int8_backward` only on the way back, at one, so that the loss stays exact and gradients nearly so. Adapters, "
         "output layer, norms and evaluation stay as they are.",
     )
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "trackio"]] = Field(
