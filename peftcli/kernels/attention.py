@@ -16,10 +16,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from peftcli.errors import UsageError
 from peftcli.kernels import fast, varlen
-from peftcli.kernels.documents import Documents
+from peftcli.kernels.documents import Documents, Padded
+from peftcli.kernels.dropout import serves
 from peftcli.kernels.products import products_attention
 
 NAME = "peftcli_packed"
@@ -129,11 +131,10 @@ def packed_attention(
     if alone and varlen.serves(q, v, dtype) and fast.take("variable-length attention"):
         q, k, v = (x.to(dtype) for x in (q, k, v))
         return varlen.attend(q, k, v, documents.starts, documents.longest, scaling=scaling, causal=causal).unsqueeze(0)
-    limit = _LONGEST.get(dtype, (0, 0))[0 if causal else 1] if query.device.type == "cpu" and dropout == 0.0 else 0
-    if documents.longest <= limit and fast.take("attention by plain products"):
+    if _by_products(q, dtype, documents.longest, causal, dropout):
         front = None if prefix is None else (prefix[0].to(dtype), prefix[1].to(dtype))
         q, k, v = (x.to(dtype) for x in (q, k, v))
-        return products_attention(q, k, v, documents, scaling=scaling, causal=causal, prefix=front).unsqueeze(0)
+        return products_attention(q, k, v, documents, scaling=scaling, causal=causal, dropout=dropout, prefix=front).unsqueeze(0)
     if shared:
         first = [x[:shared].unsqueeze(0).transpose(1, 2) for x in (q, k, v)]
         outputs.append(_attend(first, None, scaling, causal, dropout, prefix))
@@ -156,6 +157,13 @@ def packed_attention(
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     scattered: Tensor = _Scatter.apply(joined, documents.inverse)  # type: ignore[no-untyped-call]
     return scattered.unsqueeze(0)
+
+
+def _by_products(query: Tensor, dtype: torch.dtype, longest: int, causal: bool, dropout: float) -> bool:
+    """Whether rows of up to so many tokens take plain products, computed in ``dtype``."""
+    limit = _LONGEST.get(dtype, (0, 0))[0 if causal else 1] if query.device.type == "cpu" else 0
+    draws = dropout == 0.0 or (query.dtype == dtype and serves(query, dropout))
+    return longest <= limit and draws and fast.take("attention by plain products")
 
 
 def _attend(
@@ -244,7 +252,11 @@ def _forward(
     prefix = None if states is None else states.layer(_number(module), key)
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if documents is None:
+        padded = None if causal or prefix is not None or _has_terms(kwargs) else _padded(query, key, attention_mask)
+        if padded is not None and _by_products(query, _common(query, key, value), query.shape[2], False, dropout):
+            return _padded_attention(query, key, value, padded, scale, dropout), None
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         extra = 0
@@ -255,15 +267,48 @@ def _forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return plain[0][:, extra:], None
-    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
+    if _has_terms(kwargs):
         raise PackingUnsupportedError("the model's attention has a term that packed rows do not support")
     window = kwargs.get("sliding_window")
     if window is not None and documents.shared + documents.longest > window:
         raise PackingUnsupportedError(
             f"a row of {documents.shared + documents.longest} tokens is longer than the model's attention window of {window}"
         )
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     return packed_attention(query, key, value, documents, scaling=scale, causal=causal, dropout=dropout, prefix=prefix), None
+
+
+def _has_terms(kwargs: dict[str, Any]) -> bool:
+    """Whether the model's attention adds something to its scores."""
+    return any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
+
+
+def _padded(query: Tensor, key: Tensor, mask: Tensor | None) -> Padded | None:
+    """The rows of a padded batch in training, where the mask hides what is behind each row's end and nothing else; found once for all
+    layers, which are given the same mask."""
+    rows, _, length, _ = query.shape
+    if not torch.is_grad_enabled() or query.device.type != "cpu" or key.shape[2] != length or isinstance(query, FakeTensor):
+        return None
+    if mask is None:
+        return Padded(rows, length, None)
+    if mask.dtype != torch.bool or mask.shape[0] != rows or mask.shape[-1] != length:
+        return None
+    found: Padded | None = getattr(mask, "peftcli_rows", None)
+    if found is None and not hasattr(mask, "peftcli_rows"):
+        seen = mask[:, 0, 0]
+        lengths = seen.sum(1)
+        ends = torch.arange(length) < lengths.unsqueeze(1)
+        plain = bool((lengths > 0).all()) and bool((mask == ends[:, None, None]).all())
+        found = Padded(rows, length, lengths) if plain else None
+        mask.peftcli_rows = found  # type: ignore[attr-defined]
+    return found
+
+
+def _padded_attention(query: Tensor, key: Tensor, value: Tensor, rows: Padded, scaling: float, dropout: float) -> Tensor:
+    """[rows, length, heads, width] from [rows, heads, length, width] of each."""
+    dtype = _common(query, key, value)
+    parts = [x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value)]
+    out = products_attention(parts[0], parts[1], parts[2], rows, scaling=scaling, causal=False, dropout=dropout)
+    return out.view(rows.rows, rows.longest, *out.shape[1:])
 
 
 def _number(module: nn.Module) -> int:

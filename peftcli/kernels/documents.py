@@ -42,8 +42,9 @@ class Cells:
     Attributes:
         rows, heads, longest: its shape.
         gather: [rows * heads * longest] cells of the packed row, in which a token's heads lie together; padding repeats cell 0.
-        slots: [cells] the places in the rectangle that hold cells, and ``place``: where each lies in the packed row.
-        lengths: [rows] int64, or ``None`` where there is no padding.
+        slots: [cells] the places in the rectangle that hold cells, or ``None`` where all do, and ``place``: where each lies in the packed
+            row.
+        lengths: [rows] int64, or ``None`` where all are as long.
         beginning: this is the shared beginning itself, which sees nothing in front of it.
     """
 
@@ -51,7 +52,7 @@ class Cells:
     heads: int
     longest: int
     gather: Tensor
-    slots: Tensor
+    slots: Tensor | None
     place: Tensor
     lengths: Tensor | None
     beginning: bool
@@ -133,10 +134,36 @@ class Documents:
         valid = place < lengths[:, None]
         tokens = np.where(valid, start[:, None] + place, 0)
         cells = tokens[:, None, :] * heads + np.arange(heads)[None, :, None] * valid[:, None, :]
-        flat, slots = cells.reshape(-1), np.flatnonzero(np.broadcast_to(valid[:, None, :], cells.shape))
+        flat, beginning = cells.reshape(-1), rows[0][0] < self.shared
+        if valid.all():
+            gather = self._ahead(flat)
+            return Cells(len(rows), heads, longest, gather, None, gather, None, beginning)
+        slots = np.flatnonzero(np.broadcast_to(valid[:, None, :], cells.shape))
         parts = [self._ahead(x) for x in (flat, slots, flat[slots])]
-        padded = None if valid.all() else self._ahead(lengths)
-        return Cells(len(rows), heads, longest, parts[0], parts[1], parts[2], padded, rows[0][0] < self.shared)
+        return Cells(len(rows), heads, longest, parts[0], parts[1], parts[2], self._ahead(lengths), beginning)
 
     def _ahead(self, numbers: NDArray[np.generic]) -> Tensor:
         return ahead(torch.from_numpy(numbers), self.device)
+
+
+class Padded:
+    """Rows of a padded batch, laid end to end with their padding.
+
+    Args:
+        rows, longest: the batch's shape.
+        lengths: [rows] int64, tokens of each row; padding is behind them. ``None``: there is none.
+    """
+
+    shared = 0
+
+    def __init__(self, rows: int, longest: int, lengths: Tensor | None) -> None:
+        self.rows, self.longest, self.lengths = rows, longest, lengths
+        self._cells: dict[int, list[Cells]] = {}
+
+    def cells(self, heads: int) -> list[Cells]:
+        """All rows as one rectangle; its padding is computed like everything else, and seen by nothing."""
+        if heads not in self._cells:
+            token = torch.arange(self.rows * self.longest).view(self.rows, 1, self.longest)
+            place = (token * heads + torch.arange(heads)[:, None]).flatten()
+            self._cells[heads] = [Cells(self.rows, heads, self.longest, place, None, place, self.lengths, False)]
+        return self._cells[heads]

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from peftcli.kernels import native
-from peftcli.kernels.documents import Cells, Documents
+from peftcli.kernels.documents import Cells, Documents, Padded
+from peftcli.kernels.dropout import draw, dropped
 
 # Queries in one block.
 _BLOCK = 96
@@ -32,10 +33,14 @@ class _Softmax:
     Args:
         cells: the rectangle. ``group``: query heads for each key-value head. ``extra``: keys in front of the rows' own.
         causal: a query sees the keys up to its own; otherwise those of its row.
+        dropout: share of the weights that drop out, by the places from ``first`` on of ``seed``.
     """
 
-    def __init__(self, cells: Cells, group: int, extra: int, causal: bool, scaling: float) -> None:
+    def __init__(
+        self, cells: Cells, group: int, extra: int, causal: bool, scaling: float, dropout: float, seed: Tensor | None, first: int
+    ) -> None:
         self.cells, self.group, self.extra, self.causal, self.scaling = cells, group, extra, causal, scaling
+        self.dropout, self.seed, self.first = dropout, seed, first
 
     def blocks(self) -> Iterator[tuple[slice, int, int]]:
         """Each block of queries: where it lies in the rectangle, its first query, and how many keys it is multiplied with."""
@@ -53,6 +58,18 @@ class _Softmax:
         scratch = torch.empty(torch.get_num_threads(), -(-scores.shape[2] // _LANES) * _LANES)
         native.call("softmax", scores, scores, scratch, lengths, *sizes, self.extra, first, int(self.causal), self.scaling)
         return scores
+
+    def drop(self, x: Tensor, first: int) -> Tensor:
+        """Weights of the queries from ``first`` on, or their gradient, after dropout."""
+        if self.seed is None:
+            return x
+        # A place of its own for each weight of the rectangle.
+        return dropped(x, self.seed, self.dropout, self.first + first * self.group * len(x) * (self.extra + self.cells.longest))
+
+    @property
+    def places(self) -> int:
+        """How many there are."""
+        return self.cells.rows * self.cells.heads * self.cells.longest * self.group * (self.extra + self.cells.longest)
 
     def back(self, weights: Tensor, grad: Tensor) -> Tensor:
         """The gradient of the weights becomes that of the products of queries and keys."""
@@ -82,41 +99,47 @@ class _Attention(torch.autograd.Function):
         value: Tensor,
         more_keys: Tensor | None,
         more_values: Tensor | None,
-        documents: Documents,
+        documents: Documents | Padded,
         causal: bool,
         scaling: float,
+        dropout: float,
     ) -> Tensor:
+        seed = draw() if dropout > 0.0 else None
         group = query.shape[1] // key.shape[1]
         fronts = [_front(x, more, documents) for x, more in ((key, more_keys), (value, more_values))]
         out = query.new_empty(*query.shape[:2], value.shape[2])
         kept: list[Tensor] = []
+        first_place = 0
         for cells in documents.cells(key.shape[1]):
             queries, keys, values = _gathered(query, cells), _seen(key, cells, fronts[0]), _seen(value, cells, fronts[1])
-            softmax = _Softmax(cells, group, keys.shape[1] - cells.longest, causal, scaling)
+            softmax = _Softmax(cells, group, keys.shape[1] - cells.longest, causal, scaling, dropout, seed, first_place)
+            first_place += softmax.places
             to = query.new_empty(*queries.shape[:2], value.shape[2])
             for block, first, seen in softmax.blocks():
                 weights = softmax.weights(queries[:, block] @ keys[:, :seen].transpose(1, 2), first)
-                to[:, block] = weights @ values[:, :seen]
+                to[:, block] = softmax.drop(weights, first) @ values[:, :seen]
                 if cells.longest <= _KEPT:
                     kept.append(weights)
             _scatter(to, cells, out)
-        ctx.save_for_backward(query, key, value, more_keys, more_values, *kept)
-        ctx.documents, ctx.causal, ctx.scaling = documents, causal, scaling
+        ctx.save_for_backward(query, key, value, more_keys, more_values, seed, *kept)
+        ctx.documents, ctx.causal, ctx.scaling, ctx.dropout = documents, causal, scaling, dropout
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, more_keys, more_values, *rest = ctx.saved_tensors
+        query, key, value, more_keys, more_values, seed, *rest = ctx.saved_tensors
         documents, group, kept = ctx.documents, query.shape[1] // key.shape[1], iter(rest)
         fronts = [_front(x, more, documents) for x, more in ((key, more_keys), (value, more_values))]
         # Sums over blocks and rows are made in float32.
         wide = torch.promote_types(key.dtype, torch.float32)
         for_fronts = [torch.zeros_like(front, dtype=wide) for front in fronts]
         for_query, for_key, for_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        first_place = 0
         for cells in documents.cells(key.shape[1]):
             queries, keys, values = _gathered(query, cells), _seen(key, cells, fronts[0]), _seen(value, cells, fronts[1])
             wanted = _gathered(grads[0], cells, zeros=True)
-            softmax = _Softmax(cells, group, keys.shape[1] - cells.longest, ctx.causal, ctx.scaling)
+            softmax = _Softmax(cells, group, keys.shape[1] - cells.longest, ctx.causal, ctx.scaling, ctx.dropout, seed, first_place)
+            first_place += softmax.places
             sums = [torch.zeros_like(x, dtype=wide) for x in (keys, values)]
             to = torch.empty_like(queries)
             for block, first, seen in softmax.blocks():
@@ -124,10 +147,10 @@ class _Attention(torch.autograd.Function):
                     weights = next(kept)
                 else:
                     weights = softmax.weights(queries[:, block] @ keys[:, :seen].transpose(1, 2), first)
-                scores = softmax.back(weights, wanted[:, block] @ values[:, :seen].transpose(1, 2))
+                scores = softmax.back(weights, softmax.drop(wanted[:, block] @ values[:, :seen].transpose(1, 2), first))
                 to[:, block] = scores @ keys[:, :seen]
                 sums[0][:, :seen] += scores.transpose(1, 2) @ queries[:, block]
-                sums[1][:, :seen] += weights.transpose(1, 2) @ wanted[:, block]
+                sums[1][:, :seen] += softmax.drop(weights, first).transpose(1, 2) @ wanted[:, block]
             _scatter(to, cells, for_query)
             for total, front, out in zip(sums, for_fronts, (for_key, for_value), strict=True):
                 each = total.view(cells.rows, cells.heads, *total.shape[1:])
@@ -138,7 +161,7 @@ class _Attention(torch.autograd.Function):
             count = front.shape[1] - documents.shared
             out[: documents.shared] += front[:, count:].transpose(0, 1)
             for_more.append(None if more is None else front[:, :count].to(more.dtype))
-        return for_query, for_key, for_value, *for_more, None, None, None
+        return for_query, for_key, for_value, *for_more, None, None, None, None
 
 
 def _gathered(x: Tensor, cells: Cells, *, zeros: bool = False) -> Tensor:
@@ -146,7 +169,7 @@ def _gathered(x: Tensor, cells: Cells, *, zeros: bool = False) -> Tensor:
     or with ``zeros`` nothing."""
     width = x.shape[2]
     packed = x.reshape(x.shape[0] * cells.heads, -1)
-    if zeros and cells.lengths is not None:
+    if zeros and cells.slots is not None:
         out = packed.new_zeros(len(cells.gather), packed.shape[1]).index_copy_(0, cells.slots, packed.index_select(0, cells.place))
     else:
         out = packed.index_select(0, cells.gather)
@@ -157,10 +180,10 @@ def _scatter(x: Tensor, cells: Cells, out: Tensor) -> None:
     """Put a rectangle back into its places in ``out`` [total, heads, width]."""
     packed = out.view(out.shape[0] * cells.heads, -1)
     each = x.reshape(len(cells.gather), packed.shape[1])
-    packed.index_copy_(0, cells.place, each if cells.lengths is None else each.index_select(0, cells.slots))
+    packed.index_copy_(0, cells.place, each if cells.slots is None else each.index_select(0, cells.slots))
 
 
-def _front(x: Tensor, more: Tensor | None, documents: Documents) -> Tensor:
+def _front(x: Tensor, more: Tensor | None, documents: Documents | Padded) -> Tensor:
     """[key-value heads, n, width]: keys or values that every document sees in front of its own."""
     shared = x[: documents.shared].transpose(0, 1)
     return shared if more is None else torch.cat([more, shared], dim=1)
@@ -180,21 +203,23 @@ def products_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    documents: Documents,
+    documents: Documents | Padded,
     *,
     scaling: float,
     causal: bool,
+    dropout: float = 0.0,
     prefix: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attention within each document.
 
     Args:
         query: [total, heads, width]; ``key``, ``value``: [total, key-value heads, width], all of one dtype.
+        dropout: share of the weights that drop out; where there is any, :func:`dropout.serves` must take the queries.
         prefix: keys and values [key-value heads, n, width] of that dtype that every document sees in front of its own.
 
     Returns:
         [total, heads, width].
     """
     parts = [x.contiguous() for x in (query, key, value)]
-    out: Tensor = _Attention.apply(*parts, *(prefix or (None, None)), documents, causal, scaling)  # type: ignore[no-untyped-call]
+    out: Tensor = _Attention.apply(*parts, *(prefix or (None, None)), documents, causal, scaling, dropout)  # type: ignore[no-untyped-call]
     return out

@@ -245,6 +245,30 @@ void softmax_backward(const value *weights, value *grad, long rows, long keys, f
     }
 }
 
+/* lowbias32 (C. Wellons, Prospecting for Hash Functions): every bit of x moves every bit of the result with a chance near 1/2. */
+static inline uint32_t scrambled(uint32_t x) {
+    x = (x ^ (x >> 16)) * 0x7feb352du;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    return x ^ (x >> 16);
+}
+
+/* out = x / (1 - share), or 0 where the hash of the seed and the number's place, `first` for the first, is below `share`. */
+void dropout(const value *x, const int64_t *seed, value *out, long count, long first, float share, int threads) {
+    const long piece = 4096;
+    uint32_t low = (uint32_t)*seed, high = (uint32_t)((uint64_t)*seed >> 32), least = (uint32_t)((double)share * 4294967296.0);
+    float factor = 1.0f / (1.0f - share);
+    ROWS
+    for (long start = 0; start < count; start += piece) {
+        long end = start + piece < count ? start + piece : count;
+#pragma omp simd
+        for (long i = start; i < end; i++) {
+            uint64_t place = (uint64_t)(first + i);
+            uint32_t hash = scrambled(scrambled((uint32_t)place + low) ^ high ^ (uint32_t)(place >> 32));
+            out[i] = store(hash < least ? 0.0f : load(x[i]) * factor);
+        }
+    }
+}
+
 /* Each row as 8-bit numbers times a factor: out = round(x * by / factor), factor [rows] = max |x * by| / 127; by [width] or none. */
 void quantize(const value *x, const float *by, int8_t *out, float *factor, long rows, long width, int threads) {
     ROWS

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftcli.kernels import fast
+from peftcli.kernels.dropout import Dropout
 from peftcli.kernels.frozen import product_of, working_dtype
 from peftcli.kernels.low_rank import low_rank_linear
 from peftcli.methods.kinds import AdapterLayer, features
@@ -56,7 +57,7 @@ class LoraLayer(LowRankLayer):
         bound = 1.0 / math.sqrt(width_in)
         self.lora_A = nn.Parameter(torch.empty(rank, width_in).uniform_(-bound, bound, generator=generator))
         self.lora_B = nn.Parameter(torch.zeros(width_out, rank))
-        self.dropout = nn.Dropout(dropout) if dropout > 0.0 else nn.Identity()
+        self.dropout = Dropout(dropout) if dropout > 0.0 else nn.Identity()
         self.siblings: Siblings | None = None
 
     def started(self) -> None:

@@ -15,6 +15,12 @@ from peftcli.kernels.siblings import low_rank_siblings
 from peftcli.methods.lora_layers import LoraLayer
 
 LLAMA = "transformers.models.llama.modeling_llama"
+# Where a block's code is written, the block, and those of its layers that it calls one after another with one input.
+_BLOCKS = (
+    (LLAMA, "LlamaAttention", ("q_proj", "k_proj", "v_proj")),
+    (LLAMA, "LlamaMLP", ("gate_proj", "up_proj")),
+    ("transformers.models.bert.modeling_bert", "BertSelfAttention", ("query", "key", "value")),
+)
 
 
 def same_code(function: Callable[..., Any], other: Callable[..., Any]) -> bool:
@@ -35,13 +41,14 @@ def same_code(function: Callable[..., Any], other: Callable[..., Any]) -> bool:
 
 
 def join_siblings(model: nn.Module) -> None:
-    """Let the layers of LoRA in blocks with LLaMA's code compute together where they have one input."""
-    llama: Any = importlib.import_module(LLAMA)
-    for module in model.modules():
-        if same_code(type(module).forward, llama.LlamaAttention.forward):
-            _join(module, ("q_proj", "k_proj", "v_proj"))
-        elif same_code(type(module).forward, llama.LlamaMLP.forward):
-            _join(module, ("gate_proj", "up_proj"))
+    """Let the layers of LoRA in blocks with LLaMA's or BERT's code compute together where they have one input."""
+    for source, block, names in _BLOCKS:
+        likely = [module for module in model.modules() if sum(isinstance(getattr(module, name, None), LoraLayer) for name in names) > 1]
+        if likely:
+            code = getattr(importlib.import_module(source), block).forward
+            for module in likely:
+                if same_code(type(module).forward, code):
+                    _join(module, names)
 
 
 def _join(parent: nn.Module, names: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftcli.kernels import elementwise, fast, native
+from peftcli.kernels.dropout import Dropout
 from peftcli.methods.siblings import LLAMA, same_code
 
 _NAME = "RMSNorm, SwiGLU and rotary positions in compiled code"
@@ -33,6 +34,8 @@ def fuse(model: nn.Module) -> None:
             module.__class__ = _subclass(kind, _normalize)
         elif same_code(kind.forward, llama.LlamaMLP.forward) and type(getattr(module, "act_fn", None)) in (nn.SiLU, _silu()):
             module.__class__ = _subclass(kind, _gate)
+        elif kind is nn.Dropout:
+            module.__class__ = Dropout
         elif same_code(kind.forward, llama.LlamaAttention.forward):
             _patch_rotation(sys.modules[kind.__module__], llama)
 

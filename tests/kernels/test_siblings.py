@@ -116,3 +116,25 @@ def test_dropout_and_few_targets() -> None:
     assert not groups(adapted(dropout=0.1))
     assert not groups(adapted(targets=["q_proj", "o_proj", "up_proj"]))
     assert [len(group.layers) for group in groups(adapted(targets=["q_proj", "v_proj"]))] == [2, 2]
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_query_key_and_value_of_an_encoder(kind: str) -> None:
+    from transformers import AutoConfig, AutoModel
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
+    torch.manual_seed(0)
+    base = AutoModel.from_config(AutoConfig.for_model(kind, **sizes)).to(torch.bfloat16)
+    cls = registry.get("lora")
+    model = cls(cls.Config(name="lora", rank=4, target_modules="all-linear")).apply(base, Context(0))
+    helpers.stir(model)
+    model.eval()
+    assert [len(group.layers) for group in groups(model)] == [3, 3]
+    ids = torch.arange(3, 27).view(2, 12)
+    together = model(input_ids=ids).last_hidden_state
+    assert NAME in fast.taken()
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.siblings = None
+    alone = model(input_ids=ids).last_hidden_state
+    assert float((together - alone).detach().float().norm()) <= 0.02 * float(alone.detach().float().norm())
