@@ -25,6 +25,7 @@ from peftcli.recipe import tasks as options
 from peftcli.recipe.schema import DatasetSection
 from peftcli.tasks.base import Layout, Measured, Metric, Task, TaskModule
 from peftcli.tasks.intervals import of_sums, ratio, wilson
+from peftcli.tasks.trials import on_first_layers
 
 # float32 logits of this many positions at once, in evaluation.
 _SLICE = 128
@@ -220,6 +221,10 @@ def supports_packing(model: Any, vocabulary: int, longest: int | None = None) ->
     if window and (longest is None or longest > window):
         return False
 
+    return on_first_layers(model, lambda: _packs(model, vocabulary))
+
+
+def _packs(model: Any, vocabulary: int) -> bool:
     task = CausalLM(model)
     device = next(model.parameters()).device
     training = model.training
@@ -250,6 +255,10 @@ def supports_sharing(model: Any, vocabulary: int) -> bool:
     Values are not compared with those of rows that lie apart: on a few tokens without sense some models in half precision make anything
     of a rounding. The attention beneath has its plain reference.
     """
+    return on_first_layers(model, lambda: _shares(model, vocabulary))
+
+
+def _shares(model: Any, vocabulary: int) -> bool:
     task = CausalLM(model)
     training = model.training
 
