@@ -115,16 +115,24 @@ def _weights(adapter: Path) -> Path:
 
 def _tokenizer(tokenizer: Any) -> LockedTokenizer:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        state = json.loads(backend.to_str())
-        # Both are left by the last call; every call of ours says for itself what it wants.
-        state.pop("truncation", None)
-        state.pop("padding", None)
-    else:
-        state = tokenizer.get_vocab()
+    state = tokenizer.get_vocab() if backend is None else _settled(backend)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     template = getattr(tokenizer, "chat_template", None)
     return LockedTokenizer(sha256=_digest([state, special]), chat_template_sha256=None if template is None else _digest(template))
+
+
+def _settled(backend: Any) -> str:
+    """The tokenizer as text, which lists everything in an order of its own, without truncation and padding: both are left by the last call,
+    and every call of ours says for itself what it wants."""
+    truncation, padding = backend.truncation, backend.padding
+    backend.no_truncation()
+    backend.no_padding()
+    text: str = backend.to_str()
+    if truncation is not None:
+        backend.enable_truncation(**truncation)
+    if padding is not None:
+        backend.enable_padding(**padding)
+    return text
 
 
 def _digest(value: Any) -> str:

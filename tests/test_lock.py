@@ -62,6 +62,16 @@ def test_the_command_and_the_run_write_the_same_lock_anywhere(recipe: Path, tmp_
     lock(recipe, "train.logging_steps=7", "eval.batch_size=3", f"output_dir={tmp_path / 'other'}", "expect.train.steps=> 0", check=True)
 
 
+def test_what_a_call_left_in_the_tokenizer_is_locked_neither_way_and_stays() -> None:
+    tokenizer = helpers.tiny_tokenizer()
+    backend, plain = tokenizer.backend_tokenizer, locks._tokenizer(tokenizer)
+    tokenizer(["one", "another"], padding="max_length", truncation=True, max_length=4)
+    left = (backend.truncation, backend.padding)
+    assert None not in left
+    assert locks._tokenizer(tokenizer) == plain
+    assert (backend.truncation, backend.padding) == left
+
+
 def flip_weight(root: Path) -> None:
     tensors = load_file(root / "base" / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] += 1e-6
@@ -82,6 +92,7 @@ CHANGES: list[tuple[str, Callable[[Path], None], list[str], str]] = [
     ("one byte of the held-out rows", edit("data/eval.jsonl", "!", "?"), [], r"data file 2 \(eval\.jsonl\) sha256"),
     ("one weight", flip_weight, [], r"base model weights sha256"),
     ("the model's config", edit("base/config.json", "1e-06", "1e-05"), [], r"base model config sha256"),
+    ("a token", edit("base/tokenizer.json", '"<pad>"', '"<pat>"'), [], r"tokenizer sha256"),
     ("the template", edit("base/chat_template.jinja", "message['role']", "message['role'] "), [], r"tokenizer chat template sha256"),
     ("a setting", lambda root: None, ["train.learning_rate=2e-3"], r"train\.learning_rate: locked 0\.01, here 0\.002$"),
     ("a method's option", lambda root: None, ["method.rank=5"], r"method\.rank: locked 4, here 5"),
