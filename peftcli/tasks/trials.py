@@ -74,4 +74,6 @@ def _nature(value: Any) -> Hashable:
         return tuple(map(_nature, value))
     if isinstance(value, (bool, int, float, str)):
         return (type(value), value)
-    return id(value) if callable(value) and not isinstance(value, (Tensor, nn.Module, type)) else type(value)
+    if callable(value) and not isinstance(value, (Tensor, nn.Module, type)):
+        return id(value)
+    return type(value)
