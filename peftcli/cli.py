@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peftcli import __version__, ending, launch
+from peftcli import __version__, collector, ending, launch
 from peftcli import cli_repeat as repeat
 from peftcli.cli_options import (
     BaseModel,
@@ -66,10 +66,11 @@ def train(
     loaded = load_recipe(recipe, overrides or [])
     if processes > 1 and not launch.inside():
         raise typer.Exit(launch.spawn(processes))
-    from peftcli.lock import read_lock
-    from peftcli.report.progress import make_progress
-    from peftcli.run import Options
-    from peftcli.run import train as run
+    with collector.paused():
+        from peftcli.lock import read_lock
+        from peftcli.report.progress import make_progress
+        from peftcli.run import Options
+        from peftcli.run import train as run
 
     main_process = launch.rank() == 0
     display = make_progress(("json" if json else "auto") if main_process else "none")

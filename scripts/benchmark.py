@@ -144,11 +144,14 @@ def export(case: Case, work: Path) -> None:
 def ours(case: Case, work: Path, threads: int, result: Path, int8: bool) -> None:
     """A run of peftcli, as ``peftcli train`` does it."""
     began = time.perf_counter()
-    import torch
+    from peftcli import collector
 
-    from peftcli.recipe.load import parse_recipe
-    from peftcli.report.progress import NullProgress
-    from peftcli.run import Options, train
+    with collector.paused():
+        import torch
+
+        from peftcli.recipe.load import parse_recipe
+        from peftcli.report.progress import NullProgress
+        from peftcli.run import Options, train
 
     torch.set_num_threads(threads)
     steps: list[dict[str, float]] = []

@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Lowest first. A part imports only from rows above its own: parts in one row are siblings, which know nothing of each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "launch", "redact"),
+    ("collector", "errors", "launch", "redact"),
     ("kernels", "report"),
     ("quantization",),
     ("methods", "environment"),

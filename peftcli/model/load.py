@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli import quantization
+from peftcli import collector, quantization
 from peftcli.errors import ModelError
 from peftcli.kernels import attention
 from peftcli.methods.targets import output_layers, replace
@@ -139,6 +139,7 @@ def pad_apart(tokenizer: Any) -> None:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(other)
 
 
+@collector.paused()
 def open_base(
     section: BaseModelSection,
     *,
@@ -247,6 +248,7 @@ def load_base(
     )
 
 
+@collector.paused()
 def _load_model(opened: Opened, dtype: torch.dtype, auto_model: str, head: Head | None) -> tuple[Any, str | None, list[str]]:
     """(model, commit of a hub model, names of modules that the base has no weights for)."""
     import transformers
