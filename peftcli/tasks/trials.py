@@ -67,8 +67,8 @@ def _kind(layer: nn.Module) -> Hashable:
 
 
 def _nature(value: Any) -> Any:
-    """A setting as something to hash and compare: what is worked with (tensors, objects) by its type only. A function is itself: a layer's own
-    may do anything."""
+    """A setting as something to hash and compare: what is worked with (tensors, objects) by its type only. A function is itself: a layer's
+    own may do anything."""
     if isinstance(value, dict):
         return tuple((key if isinstance(key, str) else None, _nature(inner)) for key, inner in value.items())
     if isinstance(value, (list, tuple)):
