@@ -62,7 +62,9 @@ class Prompted(Wrapper):
         if self.encoder is None:
             return cast(Tensor, self.prompt_embeddings)
         if self.prompt_embeddings is None:
-            with torch.enable_grad():  # LSTMs round differently without: training, evaluation and file must agree
+            # LSTMs round differently without gradients, and products in autocast: training, evaluation and file must agree.
+            device = next(self.encoder.parameters()).device.type
+            with torch.enable_grad(), torch.autocast(device, enabled=False):
                 values = cast(Tensor, self.encoder())
             return values if torch.is_grad_enabled() else values.detach()
         if self.training and torch.is_grad_enabled():

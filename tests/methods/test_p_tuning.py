@@ -90,6 +90,16 @@ def test_the_file_is_the_model_without_dropout(tmp_path: Path) -> None:
     assert torch.equal(helpers.logits(again), helpers.logits(model))
 
 
+@pytest.mark.parametrize("encoder", ["mlp", "lstm"])
+def test_autocast_sees_the_values_that_the_file_holds(encoder: str) -> None:
+    """A classifier's head moves in float32 over a bfloat16 model: training computes in autocast, saving does not."""
+    model, _ = helpers.adapted(NAME, encoder=encoder)
+    helpers.stir(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        seen = model.virtual()
+    assert torch.equal(seen, model.result())
+
+
 def test_what_a_file_gave_is_used_but_cannot_be_trained_behind_an_encoder(tmp_path: Path) -> None:
     trained, method = helpers.adapted(NAME)
     helpers.stir(trained)
