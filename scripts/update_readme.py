@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import benchmark
+import benchmark_summary
 import compare_classifiers
 import measure_tasks
 from compare_methods import RESULTS, table
@@ -209,18 +209,21 @@ def repeat() -> str:
 
 def speed() -> str:
     """Speed and memory beside the peers, as recorded: one table for each machine."""
-    machines: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {}
+    machines: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, dict[str, str]]]] = {}
     for path in sorted((ROOT / "scripts/results").glob("benchmark-*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         where = found["machine"]
         about = f"{where['device_name']}, {where['cpu_capability']}, {where['threads']} thread{'s' * (where['threads'] > 1)}"
-        lines, runs = machines.setdefault(about, ([], []))
+        lines, runs, missing = machines.setdefault(about, ([], [], {}))
         lines += found["summary"]
         runs += found["runs"]
+        missing |= found.get("without_twin", {})
     parts = []
-    for about, (lines, runs) in machines.items():
+    for about, (lines, runs, missing) in machines.items():
         versions: dict[str, str] = next((run["versions"] for run in runs if "versions" in run), {})
-        parts += [benchmark.table(lines), "", f"{about}; {', '.join(f'{name} {version}' for name, version in versions.items())}.", ""]
+        means = benchmark_summary.means_in_words(lines, missing)
+        where = "; ".join([about, ", ".join(f"{name} {version}" for name, version in versions.items())])
+        parts += [benchmark_summary.compact(lines), "", means, "", f"{where}.", ""]
     return "\n".join(parts).rstrip()
 
 

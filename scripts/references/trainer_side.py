@@ -1,7 +1,8 @@
 """Hugging Face's Trainer with ``peft`` on given rows. Runs in an environment of its own (see scripts/benchmark.py).
 
-Reads a case (JSON): ``model`` and, unless every weight moves, ``adapter`` (a folder with the initial adapter), ``rows`` (JSON lines of
-``input_ids`` and ``supervised``, or ``label``, in the order of training), and the settings. Writes ``result``: what every step took.
+Reads a case (JSON): ``model``, what moves, ``rows`` (JSON lines of ``input_ids`` and ``supervised``, or ``label``, in the order of
+training), and the settings. Writes ``result``: what every step took. What moves is an adapter of peft's (``adapter``, a folder with its
+initial values), or weights of the model: all of them (``whole``), or those in the file ``weights``, which holds their initial values.
 """
 
 import importlib
@@ -14,7 +15,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch.utils.data import SequentialSampler
+
+
+def adapted(model: Any, folder: Path, steps: int) -> Any:
+    """``model`` with the adapter in ``folder``, ready for training."""
+    peft: Any = importlib.import_module("peft")
+    config = peft.PeftConfig.from_pretrained(folder)
+    if hasattr(config, "total_step"):
+        config.total_step = steps  # AdaLoRA's schedule: no file knows it before the run
+    if not config.is_prompt_learning:
+        return peft.PeftModel.from_pretrained(model, folder, config=config, is_trainable=True)
+    # peft loads virtual tokens for inference only; for training they are put into a new adapter.
+    config.inference_mode = False
+    model = peft.get_peft_model(model, config)
+    peft.set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    if (folder / "encoder.safetensors").exists():  # p-tuning's files hold what the encoder makes
+        model.prompt_encoder["default"].load_state_dict(load_file(folder / "encoder.safetensors"))
+    return model
+
+
+def take(model: Any, weights: Path) -> None:
+    """Give the parameters in ``weights`` their values there, in float32, and let them move."""
+    for name, value in load_file(weights).items():
+        path, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(path)
+        # A parameter of its own: an output layer that is tied to the embedding moves alone.
+        setattr(owner, attribute, torch.nn.Parameter(value))
+        for vector in owner.parameters(recurse=False):
+            if vector.ndim < 2:  # norms take no scale and bias of two dtypes
+                vector.data = vector.data.float()
 
 
 def main() -> None:
@@ -24,7 +55,7 @@ def main() -> None:
     torch.manual_seed(case["seed"])
     flat = case["variant"] == "padding-free"
     tokenizer = tf.AutoTokenizer.from_pretrained(case["model"])
-    whole = case["adapter"] is None
+    whole = case["whole"]
     extra: dict[str, Any] = {}
     if case["quantization"] is not None:
         extra["quantization_config"] = tf.BitsAndBytesConfig(
@@ -37,8 +68,11 @@ def main() -> None:
     classes = case["task"] == "sequence_classification"
     kind = tf.AutoModelForSequenceClassification if classes else tf.AutoModelForCausalLM
     model = kind.from_pretrained(case["model"], dtype=torch.float32 if whole else torch.bfloat16, attn_implementation="sdpa", **extra)
-    if not whole:
-        model = importlib.import_module("peft").PeftModel.from_pretrained(model, case["adapter"], is_trainable=True)
+    if case["adapter"] is not None:
+        model = adapted(model, Path(case["adapter"]), case["steps"])
+    else:
+        model.requires_grad_(whole)
+        take(model, Path(case["weights"]))
     rows = []
     for line in Path(case["rows"]).read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -54,6 +88,10 @@ def main() -> None:
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if not steps:
                 self.mark = time.perf_counter(), os.times()
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if case["adapter"] is not None and hasattr(model.base_model, "update_and_allocate"):
+                model.base_model.update_and_allocate(state.global_step)  # AdaLoRA leaves this to the training loop
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if "loss" in logs:
