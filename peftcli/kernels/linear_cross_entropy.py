@@ -1,7 +1,7 @@
-"""A frozen output layer and the cross-entropy over it in one: the logits never exist as a whole.
+"""An output layer and the cross-entropy over it in one: the logits never exist as a whole.
 
-The gradient with respect to the hidden states is made beside the loss, a few hundred rows at a time, in two buffers that all
-rows share. What is kept for the backward pass is as large as the hidden states, not as the logits.
+The gradients are made beside the loss, a few hundred rows at a time, in two buffers that all rows share. What is kept for the backward
+pass is as large as the hidden states and, where it is trained, the weight, not as the logits.
 
 The plain reference is ``sum_cross_entropy(F.linear(hidden, weight, bias), targets)``.
 """
@@ -16,11 +16,14 @@ from torch import Tensor
 
 from peftcli.kernels import native
 from peftcli.kernels.cross_entropy import reference_cross_entropy
+from peftcli.kernels.frozen import working_dtype
 
 # Logits of one product: enough rows that the weight, which every product reads, is not what takes the time.
 _LOGITS = 1 << 24
 # Wide scratch of one slice of them, about what a core's share of the last cache holds.
 _WIDE = 1 << 20
+# Logits of one product where the weight has a gradient, to which every product adds: as many as that is wide, and more.
+_TRAINED = 1 << 25
 # The same on a GPU, where many small launches are what takes the time: 128 MiB of logits, 64 MiB of scratch.
 _GPU_LOGITS, _GPU_WIDE = 1 << 26, 1 << 24
 
@@ -65,39 +68,52 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
         rows, vocabulary = hidden.shape[0], weight.shape[0]
-        chunk = max(1, min(rows, (_LOGITS if hidden.device.type == "cpu" else _GPU_LOGITS) // vocabulary))
-        logits = hidden.new_empty(chunk, vocabulary)
+        ctx.dtypes, moving = (hidden.dtype, weight.dtype), weight.requires_grad
+        dtype = working_dtype(hidden)
+        inner, outer = hidden.to(dtype), weight.to(dtype)
+        most = _GPU_LOGITS if hidden.device.type != "cpu" else _TRAINED if moving else _LOGITS
+        chunk = max(1, min(rows, most // vocabulary))
+        logits = inner.new_empty(chunk, vocabulary)
         reduce = _compiled if native.usable(logits) else _operators
         total = hidden.new_zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
         correct = torch.zeros((), dtype=torch.long, device=hidden.device)
-        gradient = torch.empty_like(hidden) if hidden.requires_grad else None
+        gradient = torch.empty_like(inner) if hidden.requires_grad else None
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        # In the products' dtype, as autocast leaves it; the sum over several is made in float32.
+        for_weight: Tensor | None = None
+        for_bias = torch.zeros(vocabulary, dtype=wide, device=weight.device) if bias is not None and bias.requires_grad else None
         for start in range(0, rows, chunk):
             here = slice(start, min(start + chunk, rows))
             some = logits[: here.stop - start]
-            torch.mm(hidden[here], weight.t(), out=some)
+            torch.mm(inner[here], outer.t(), out=some)
             if bias is not None:
                 some += bias
-            loss, right, shares = reduce(some, targets[here], gradient is not None)
+            loss, right, shares = reduce(some, targets[here], gradient is not None or moving or for_bias is not None)
             total += loss
             correct += right
             if gradient is not None:
-                gradient[here] = (some @ weight) * shares
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
+                gradient[here] = (some @ outer) * shares
+            if moving:
+                part = some.t() @ (inner[here] * shares).to(dtype)
+                for_weight = part if for_weight is None else for_weight.to(wide).add_(part)
+            if for_bias is not None:
+                for_bias += (shares.to(dtype).t() @ some)[0]
+        ctx.save_for_backward(gradient, None if for_weight is None else for_weight.to(dtype), for_bias)
         ctx.mark_non_differentiable(correct)
         return total, correct
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].to(gradient.dtype), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dtypes = (ctx.dtypes[0], ctx.dtypes[1], ctx.dtypes[1])
+        return *(None if x is None else x.to(to) * grads[0].to(to) for x, to in zip(ctx.saved_tensors, dtypes, strict=True)), None
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The summed cross-entropy in nats of ``hidden @ weight.T + bias``, and the number of rows whose target is a most likely token.
 
     Args:
-        hidden: [rows, width]. ``weight``: [vocabulary, width] and ``bias`` [vocabulary] of its dtype; they get no gradient.
+        hidden: [rows, width]. ``weight``: [vocabulary, width] and ``bias`` [vocabulary] of one dtype: that of ``hidden``, or under
+            autocast any. Products are computed in the dtype of ``hidden``, or autocast's.
         targets: [rows], int64.
 
     Returns:

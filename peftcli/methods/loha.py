@@ -13,9 +13,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from peftcli.kernels import fast
+from peftcli.kernels.frozen import working_dtype
 from peftcli.methods.base import Caps, Context, MethodConfig, PeftFormat
 from peftcli.methods.fields import from_pattern, module_fields, module_options, whole_number
 from peftcli.methods.kinds import AdapterLayer, LayerMethod, features
+from peftcli.methods.lora_layers import beside
 
 
 class LohaConfig(MethodConfig):
@@ -116,6 +119,27 @@ class LohaLayer(DeltaLayer):
         self.hada_w1_b = uniform(rank, width_in, generator)
         self.hada_w2_a = uniform(width_out, rank, generator)
         self.hada_w2_b = nn.Parameter(torch.zeros(rank, width_in))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # In float32 PEFT's order of operations is kept. Dropout works on the update's output, which is not formed apart below.
+        rests = self.training and (self.rank_dropout > 0.0 or self.module_dropout > 0.0)
+        half = working_dtype(x) in (torch.bfloat16, torch.float16)
+        if half and not rests and self._pays and fast.take("the Hadamard product as one low-rank product"):
+            return beside(self.base, x, x, *self._products(), self.scaling)
+        return super().forward(x)
+
+    @property
+    def _pays(self) -> bool:
+        """Whether two products of rank r squared are less work than one with the update at its full size."""
+        (rank, width_in), width_out = self.hada_w1_b.shape, len(self.hada_w1_a)
+        return bool(rank * rank * (width_in + width_out) < width_in * width_out)
+
+    def _products(self) -> tuple[Tensor, Tensor]:
+        """[rank * rank, in] and [out, rank * rank]: (B1 A1) * (B2 A2) is the second times the first, since the elements' products are those
+        of all pairs of ranks (the face-splitting product of the factors)."""
+        narrow = (self.hada_w1_b[:, None] * self.hada_w2_b[None]).flatten(0, 1)
+        wide = (self.hada_w1_a[:, :, None] * self.hada_w2_a[:, None]).flatten(1)
+        return narrow, wide
 
     def update(self, x: Tensor) -> Tensor:
         change: Tensor = _Hadamard.apply(x, self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b, self.scaling)  # type: ignore[no-untyped-call]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcli.errors import CheckpointError, UsageError
-from peftcli.kernels.attention import PackingUnsupportedError, Prefix
+from peftcli.kernels.attention import Prefix
 from peftcli.kernels.documents import Documents
 from peftcli.methods.base import C, Caps, Context, Method
 from peftcli.methods.kinds import Wrapper, freeze, new_modules, train_whole
@@ -178,11 +178,17 @@ class PromptedInputs(Prompted):
         keep: int | Tensor,
         kwargs: dict[str, Any],
     ) -> Any:
-        if documents.shared:
-            raise PackingUnsupportedError("virtual tokens stand in front of each row, not of a beginning that rows share")
         own = cast(Tensor, self.base.get_input_embeddings()(input_ids))  # type: ignore[operator]
         virtual = self.virtual().to(own.dtype)
         count, rows, device = virtual.shape[0], len(documents.lengths), own.device
+        if documents.shared:
+            # All rows share the virtual tokens as well.
+            if position_ids is not None:
+                kwargs["position_ids"] = torch.cat([torch.arange(count, device=device), position_ids[0] + count])[None]
+            keep = keep + count if isinstance(keep, Tensor) else keep
+            longer = Documents(documents.lengths, device, documents.shared + count)
+            inputs = torch.cat([virtual, own[0]])[None]
+            return self._run(keep, {"inputs_embeds": inputs, "attention_mask": attention_mask, "documents": longer, **kwargs})
         lengths = np.asarray(documents.lengths)
         # Real token p of row r moves to p + n (r + 1); the virtual ones fill what is left.
         place = np.arange(documents.total) + count * np.repeat(np.arange(1, rows + 1), lengths)

@@ -45,10 +45,11 @@ class CausalLM(TaskModule):
         self._untouched = True
 
     def forward(self, batch: Batch) -> Loss:
-        head = self._frozen_head()
+        head = self._plain_head()
         if head is not None:
             hidden = self._hidden(batch, head)
-            if hidden is not None and hidden.dtype == head.weight.dtype and fast.take("linear cross-entropy without logits"):
+            mixed = torch.is_autocast_enabled(head.weight.device.type)
+            if hidden is not None and (mixed or hidden.dtype == head.weight.dtype) and fast.take("linear cross-entropy without logits"):
                 return Loss(*linear_cross_entropy(hidden, head.weight, head.bias, batch.targets), {})
         total, correct = sum_cross_entropy(self.logits(batch), batch.targets)
         return Loss(total, correct, {})
@@ -59,12 +60,10 @@ class CausalLM(TaskModule):
         head: nn.Module | None = find() if find is not None and self._untouched else None
         return None if head is None or head._forward_hooks or head._forward_pre_hooks else head
 
-    def _frozen_head(self) -> nn.Linear | None:
-        """The output layer, where it is a plain one that gets no gradient."""
+    def _plain_head(self) -> nn.Linear | None:
+        """The output layer, where it is nothing but a product."""
         head = self._open_head() if fast.on() and torch.is_grad_enabled() else None
-        if type(head) is not nn.Linear or any(p.requires_grad for p in head.parameters()):
-            return None
-        return None if torch.is_autocast_enabled(head.weight.device.type) else head
+        return head if type(head) is nn.Linear else None
 
     def _hidden(self, batch: Batch, head: nn.Module) -> Tensor | None:
         """[supervised, width] what goes into the output layer at ``batch.positions``; ``None`` where its output is not yet the logits

@@ -21,31 +21,61 @@ from peftcli.tasks.causal_lm import CausalLM
 NAME = "linear cross-entropy without logits"
 
 
-def both(rows: int, vocabulary: int, bias: bool, dtype: torch.dtype, seed: int, scale: float = 1.0) -> list[tuple[Tensor, Tensor, Tensor]]:
+def both(
+    rows: int, vocabulary: int, bias: bool, dtype: torch.dtype, seed: int, scale: float = 1.0, trained: bool = False
+) -> list[tuple[Tensor, ...]]:
+    """Loss, correct rows, and the gradients of the hidden states and, where they are trained, of weight and bias."""
     generator = torch.Generator().manual_seed(seed)
     hidden, weight = (torch.randn(n, 8, generator=generator, dtype=torch.float64).mul_(scale).to(dtype) for n in (rows, vocabulary))
     shift = torch.randn(vocabulary, generator=generator, dtype=torch.float64).to(dtype) if bias else None
     targets = torch.randint(0, vocabulary, (rows,), generator=generator)
-    found = []
+    found: list[tuple[Tensor, ...]] = []
     for function in (linear_cross_entropy, reference_linear_cross_entropy):
-        own = hidden.clone().requires_grad_()
-        total, correct = function(own, weight, shift, targets)
-        (gradient,) = torch.autograd.grad(total * 0.3, own)
-        assert torch.equal(own.detach(), hidden)
-        found.append((total.detach(), correct, gradient))
+        own = [x.clone().requires_grad_(index == 0 or trained) for index, x in enumerate((hidden, weight, shift)) if x is not None]
+        total, correct = function(own[0], own[1], own[2] if bias else None, targets)
+        gradients = torch.autograd.grad(total * 0.3, [x for x in own if x.requires_grad])
+        assert torch.equal(own[0].detach(), hidden)
+        found.append((total.detach(), correct, *gradients))
     return found
 
 
 @settings(max_examples=60, deadline=None)
-@given(rows=st.integers(1, 40), vocabulary=st.integers(2, 50), bias=st.booleans(), small=st.booleans(), seed=st.integers(0, 1000))
-def test_float64(rows: int, vocabulary: int, bias: bool, small: bool, seed: int) -> None:
+@given(
+    rows=st.integers(1, 40),
+    vocabulary=st.integers(2, 50),
+    bias=st.booleans(),
+    trained=st.booleans(),
+    small=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_float64(rows: int, vocabulary: int, bias: bool, trained: bool, small: bool, seed: int) -> None:
     logits, wide = (7 * vocabulary, 3 * vocabulary) if small else (kernel._LOGITS, kernel._WIDE)
-    with mock.patch.multiple(kernel, _LOGITS=logits, _WIDE=wide):
-        ours, reference = both(rows, vocabulary, bias, torch.float64, seed)
+    with mock.patch.multiple(kernel, _LOGITS=logits, _TRAINED=logits, _WIDE=wide):
+        ours, reference = both(rows, vocabulary, bias, torch.float64, seed, trained=trained)
+    assert len(ours) == 3 + (trained and 1 + bias)
     assert ours[0].dtype == torch.float64
     assert float(ours[0]) == pytest.approx(float(reference[0]), rel=1e-12, abs=1e-11)
     assert int(ours[1]) == int(reference[1])
-    assert float((ours[2] - reference[2]).abs().max()) <= 1e-12
+    for mine, theirs in zip(ours[2:], reference[2:], strict=True):
+        assert float((mine - theirs).abs().max()) <= 1e-12
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_trained_float32_head_under_autocast(bias: bool) -> None:
+    """Beside the plain operators under autocast, which round the logits' gradient as well; both beside float64."""
+    g = torch.Generator().manual_seed(3)
+    hidden, weight = torch.randn(150, 8, generator=g), torch.randn(77, 8, generator=g)
+    shift, targets = torch.randn(77, generator=g) if bias else None, torch.randint(0, 77, (150,), generator=g)
+    found = []
+    for function, wide in ((linear_cross_entropy, False), (reference_linear_cross_entropy, False), (reference_linear_cross_entropy, True)):
+        given = [(x.bfloat16().double() if wide else x).clone().requires_grad_() for x in (hidden, weight, shift) if x is not None]
+        with torch.autocast("cpu", torch.bfloat16, enabled=not wide):
+            total, _ = function(given[0], given[1], given[2] if bias else None, targets)
+        found.append([total.detach().double(), *(x.double() for x in torch.autograd.grad(total, given))])
+        assert all(x.grad is None for x in given)
+    for ours, plain, exact in zip(*found, strict=True):
+        assert float((ours - exact).norm()) <= 3.0 * float((plain - exact).norm()) + 1e-3 * float(exact.norm())
+        assert float((ours - exact).norm()) <= 0.02 * float(exact.norm())
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
@@ -110,8 +140,9 @@ HEADS: dict[str, tuple[str, str, dict[str, Any], bool]] = {
     "prefixes": ("prefix_tuning", "llama", {"num_virtual_tokens": 3}, True),
     "adapted": ("lora", "llama", {"rank": 4, "target_modules": ["lm_head", "q_proj"]}, False),
     "adapted and tied": ("lora", "llama-tied", {"rank": 4, "target_modules": ["lm_head"]}, False),
-    "trained whole": ("lora", "llama-tied", {"rank": 4, "modules_to_save": ["lm_head"]}, False),
-    "trained alone": ("head_only", "llama", {}, False),
+    "trained whole": ("lora", "llama-tied", {"rank": 4, "modules_to_save": ["lm_head"]}, True),
+    "trained alone": ("head_only", "llama", {}, True),
+    "trained and tied": ("full", "llama-tied", {}, True),
 }
 
 
@@ -121,7 +152,7 @@ def test_the_loss_is_that_of_the_model_whatever_its_head(case: str, packed: bool
     """An adapter on the output layer must take part (unsloth#9331)."""
     name, kind, options, fused = HEADS[case]
     ours = loss_and_gradients(name, kind, options, packed)
-    with mock.patch.object(CausalLM, "_frozen_head", lambda _: None):
+    with mock.patch.object(CausalLM, "_plain_head", lambda _: None):
         reference = loss_and_gradients(name, kind, options, packed)
     assert (NAME in ours[3]) is fused
     assert ours[0] == pytest.approx(reference[0], rel=1e-12)
