@@ -337,11 +337,8 @@ class _Run:
     def _shares(self) -> bool:
         """Whether a beginning that a batch's rows share is computed once. On a GPU the kernel for variable lengths cannot."""
         on_cpu = self.layout.packed and self.state.device.type == "cpu" and self.recipe.train.fast_paths
-        if not on_cpu:
-            return False
-        # As in training: a head that is trained is float32 behind a body in bfloat16.
-        with self.accelerator.autocast():
-            return self.task.shares(self.model, self.base.model.config.get_text_config().vocab_size)
+        with self.accelerator.autocast():  # as in training: a trained head is float32 behind a body in bfloat16
+            return on_cpu and self.task.shares(self.model, self.base.model.config.get_text_config().vocab_size)
 
     def _write_lock(self, resumed: bool) -> None:
         """A resumed run keeps the lock that it began with; bytes are only promised where both parts ran in the same environment."""

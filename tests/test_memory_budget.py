@@ -57,7 +57,7 @@ def test_the_plan_follows_the_budget(tiny_folders: dict[str, Path], rows: Path, 
     enough = seen.need(recipe(model, rows, tmp_path, f"train.memory_budget={(whole.total + 10) / 1e6:.6f}MB"))
     assert enough == whole
     tight, need = half(seen, model, rows, tmp_path)
-    assert str(need.plan) == "1 of 2 layers saved, 1 recomputed" and need.plan.choices[0] == "recomputed"
+    assert str(need.plan) == "1 of 2 layers saved, 1 recomputed"
     assert need.total <= parse_size(str(tight.train.memory_budget)) < whole.total
     with pytest.raises(OutOfMemoryError, match=r"train.memory_budget: .* is too little") as caught:
         seen.need(recipe(model, rows, tmp_path, "train.memory_budget=20MB"))
