@@ -132,3 +132,40 @@ def reference_rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """What :func:`rotate` computes, operator by operator."""
     low, high = x.chunk(2, dim=-1)
     return x * cosine.unsqueeze(1) + torch.cat((-high, low), dim=-1) * sine.unsqueeze(1)
+
+
+# Rows whose products are summed one after the other.
+_PIECE = 64
+
+
+class _ScaleColumns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        out, width = torch.empty_like(x), x.shape[-1]
+        native.call("scale_columns", x, x, scale, out, x.numel() // width, width)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, scale = ctx.saved_tensors
+        grad, width = grads[0].contiguous(), x.shape[-1]
+        rows = x.numel() // width
+        for_x, sums = torch.empty_like(x), scale.new_zeros(-(-rows // _PIECE), width)
+        native.call("scale_columns_backward", x, grad, x, scale, for_x, sums, rows, width, _PIECE)
+        return for_x, sums.sum(0)
+
+
+def scale_columns(x: Tensor, scale: Tensor) -> Tensor:
+    """``x * scale``, rounded once; gradients of the scale add up in float32.
+
+    Args:
+        x: [..., width] on the CPU: bfloat16 or float32. ``scale``: [width] float32.
+    """
+    out: Tensor = _ScaleColumns.apply(x.contiguous(), scale.contiguous())  # type: ignore[no-untyped-call]
+    return out
+
+
+def reference_scale_columns(x: Tensor, scale: Tensor) -> Tensor:
+    """What :func:`scale_columns` computes, operator by operator."""
+    return (x * scale).to(x.dtype)

@@ -269,6 +269,37 @@ void dropout(const value *x, const int64_t *seed, value *out, long count, long f
     }
 }
 
+/* out = x * scale, scale [width]. */
+void scale_columns(const value *x, const float *scale, value *out, long rows, long width, int threads) {
+    ROWS
+    for (long row = 0; row < rows; row++) {
+        const value *in = x + row * width;
+        value *to = out + row * width;
+#pragma omp simd
+        for (long i = 0; i < width; i++) to[i] = store(load(in[i]) * scale[i]);
+    }
+}
+
+/* for_x = grad * scale, and sums [pieces, width] of grad * x over `piece` rows each: how they are added up does not depend on the threads. */
+void scale_columns_backward(const value *grad, const value *x, const float *scale, value *for_x, float *sums, long rows, long width,
+                            long piece, int threads) {
+    ROWS
+    for (long first = 0; first < rows; first += piece) {
+        float *sum = sums + first / piece * width;
+        long end = first + piece < rows ? first + piece : rows;
+        for (long row = first; row < end; row++) {
+            const value *from = grad + row * width, *in = x + row * width;
+            value *to = for_x + row * width;
+#pragma omp simd
+            for (long i = 0; i < width; i++) {
+                float g = load(from[i]);
+                sum[i] += g * load(in[i]);
+                to[i] = store(g * scale[i]);
+            }
+        }
+    }
+}
+
 /* Each row as 8-bit numbers times a factor: out = round(x * by / factor), factor [rows] = max |x * by| / 127; by [width] or none. */
 void quantize(const value *x, const float *by, int8_t *out, float *factor, long rows, long width, int threads) {
     ROWS

@@ -135,11 +135,9 @@ class LohaLayer(DeltaLayer):
         return bool(rank * rank * (width_in + width_out) < width_in * width_out)
 
     def _products(self) -> tuple[Tensor, Tensor]:
-        """[rank * rank, in] and [out, rank * rank]: (B1 A1) * (B2 A2) is the second times the first, since the elements' products are those
-        of all pairs of ranks (the face-splitting product of the factors)."""
+        """[rank * rank, in] and [out, rank * rank], whose product is (B1 A1) * (B2 A2): face-splitting products of the factors."""
         narrow = (self.hada_w1_b[:, None] * self.hada_w2_b[None]).flatten(0, 1)
-        wide = (self.hada_w1_a[:, :, None] * self.hada_w2_a[:, None]).flatten(1)
-        return narrow, wide
+        return narrow, (self.hada_w1_a[:, :, None] * self.hada_w2_a[:, None]).flatten(1)
 
     def update(self, x: Tensor) -> Tensor:
         change: Tensor = _Hadamard.apply(x, self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b, self.scaling)  # type: ignore[no-untyped-call]

@@ -21,9 +21,11 @@ from peftcli.kernels import native
 from peftcli.kernels.elementwise import (
     reference_rms_norm,
     reference_rotate,
+    reference_scale_columns,
     reference_swiglu,
     rms_norm,
     rotate,
+    scale_columns,
     swiglu,
 )
 
@@ -82,6 +84,26 @@ def test_the_weight_of_a_norm_may_be_trained(dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(0)
     inputs = [torch.randn(2, 30, 64, generator=g), torch.rand(64, generator=g) + 0.5]
     check(lambda x, w: rms_norm(x, w, 1e-5), wide_rms, inputs, 2, dtype, units=60.0)  # a sum over 60 rows
+
+
+@compiled
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 300])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_scaled_columns(rows: int, dtype: torch.dtype) -> None:
+    """The scale stays in float32, and the sum of its gradient over the rows too."""
+    g = torch.Generator().manual_seed(rows)
+    x, scale = torch.randn(2, rows, 37, generator=g).to(dtype), torch.rand(37, generator=g) + 0.5
+    seed = torch.randn(2, rows, 37, generator=g).to(dtype)
+    mine, wide = (
+        (x.clone().requires_grad_(), scale.clone().requires_grad_()),
+        (x.double().requires_grad_(), scale.double().requires_grad_()),
+    )
+    out, exact = scale_columns(*mine), reference_scale_columns(*wide)
+    close(out, exact.detach(), dtype)
+    found, wanted = torch.autograd.grad(out, mine, seed), torch.autograd.grad(exact, wide, seed.double())
+    close(found[0], wanted[0], dtype)
+    assert found[1].dtype == FP32
+    assert float((found[1] - wanted[1]).abs().max()) <= 1e-5 * float(wanted[1].abs().max())
 
 
 @compiled
