@@ -10,9 +10,9 @@ Both sides get the same tokens in the same order, the same supervised positions,
 the same adapter (peftcli writes it, peft reads it), so their losses must agree to rounding. The twin of a method is peft's own, or, where
 weights of the model itself move, Trainer alone on the same weights; methods that have none are named in the result. Trainer runs in
 bfloat16 with fused AdamW and SDPA in two variants: padded batches, which is its default, and its collator without padding (for language
-models; not for virtual tokens, of which peft would give only the first row any). ``--int8`` adds a third side, peftcli with
-``train.frozen_products: int8_backward``. Every run is a process of its own; the sides take turns. The first step warms up and is not
-counted.
+models; not for virtual tokens, of which peft would give only the first row any). ``--int8`` adds two sides, peftcli with
+``train.frozen_products: int8_backward`` and ``int8``. Every run is a process of its own; the sides take turns. The first step warms up
+and is not counted.
 
 Tokens are real ones, never padding. Beside the time on the clock there is the processor's time of the process: on a machine that others
 use as well it is the fairer number. The peers live in an environment that the script makes and pins; ``--peer-python`` names another.
@@ -74,7 +74,7 @@ class Case:
     def name(self) -> str:
         return f"{self.task}-{self.method}-{self.max_length}-{self.batch_size}-{self.rank}"
 
-    def recipe(self, work: Path, *, int8: bool = False) -> dict[str, Any]:
+    def recipe(self, work: Path, *, frozen_products: str | None = None) -> dict[str, Any]:
         method: dict[str, Any] = {"name": self.method}
         if self.method in RANKED:
             method |= {"rank": self.rank, "alpha": 2 * self.rank, "target_modules": "all-linear"}
@@ -92,8 +92,7 @@ class Case:
             "logging_steps": 1,
         }
         train |= {"scheduler": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0, "seed": SEED}
-        if int8:
-            train |= {"frozen_products": "int8_backward"}
+        train |= {"frozen_products": frozen_products}
         return {
             "base_model": model, "task": self.task, "method": method, "dataset": rows, "train": train, "output_dir": str(work / "run")
         }  # fmt: skip
@@ -159,7 +158,7 @@ def export(case: Case, work: Path) -> None:
             save_file(encoder.state_dict(), place / "encoder.safetensors")
 
 
-def ours(case: Case, work: Path, threads: int, result: Path, int8: bool) -> None:
+def ours(case: Case, work: Path, threads: int, result: Path, frozen_products: str | None) -> None:
     """A run of peftcli, as ``peftcli train`` does it."""
     began = time.perf_counter()
     from peftcli import collector
@@ -190,7 +189,7 @@ def ours(case: Case, work: Path, threads: int, result: Path, int8: bool) -> None
         def step(self, record: dict[str, Any]) -> None:
             steps[-1]["loss"] = record["loss"]
 
-    report = train(parse_recipe(json.dumps(case.recipe(work, int8=int8))), Clock(), Options(overwrite=True))
+    report = train(parse_recipe(json.dumps(case.recipe(work, frozen_products=frozen_products))), Clock(), Options(overwrite=True))
     assert report.train is not None
     result.write_text(json.dumps({"steps": steps, "startup_seconds": Clock.first, "fast_paths": report.train.fast_paths}))
 
@@ -254,8 +253,8 @@ def measure(side: str, case: Case, work: Path, threads: int, python: Path | None
     result = work / f"{re.sub('[^a-z0-9]+', '-', side)}.json"
     result.unlink(missing_ok=True)
     try:
-        if side in (OURS, OURS_INT8):
-            apart(ours, case, work, threads, result, side == OURS_INT8)
+        if side == OURS or side in OURS_INT8:
+            apart(ours, case, work, threads, result, OURS_INT8.get(side))
         else:
             assert python is not None
             run_peer(python, case, side, work, threads, result)
@@ -299,7 +298,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="a model for that task; default: SmolLM2-135M, MiniLM")
     parser.add_argument("--methods", nargs="+", default=["lora"], help="names, or all: every method that has a twin")
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="of the peer")
-    parser.add_argument("--int8", nargs="+", default=[], metavar="METHOD", help="also peftcli with train.frozen_products=int8_backward")
+    parser.add_argument("--int8", nargs="+", default=[], metavar="METHOD", help="also peftcli with 8-bit frozen products")
     parser.add_argument("--alone", action="store_true", help="only peftcli")
     parser.add_argument("--sweep", action="store_true", help="only peftcli, over lengths, batch sizes and ranks")
     parser.add_argument("--max-lengths", nargs="+", type=int, default=[1024], help="above 1024 tokens, rows hold several problems")
@@ -364,7 +363,7 @@ def main() -> int:
             for _ in range(args.repeats):
                 peers = [] if args.alone or method in WITHOUT_TWIN[args.task] else args.variants
                 peers = [side for side in peers if side == "padded" or method not in ONLY_PADDED]
-                for side in (OURS, *([OURS_INT8] if method in args.int8 else []), *peers):
+                for side in (OURS, *(OURS_INT8 if method in args.int8 else []), *peers):
                     runs.append(measure(side, case, place, args.threads, python))
                     summary = list(summarize(runs))
                     missing = {args.task: WITHOUT_TWIN[args.task]}
