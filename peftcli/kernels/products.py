@@ -109,7 +109,7 @@ class _Attention(torch.autograd.Function):
         fronts = [_front(x, more, documents) for x, more in ((key, more_keys), (value, more_values))]
         out = query.new_empty(*query.shape[:2], value.shape[2])
         kept: list[Tensor] = []
-        first_place = 0
+        moving, first_place = any(ctx.needs_input_grad), 0
         for cells in documents.cells(key.shape[1]):
             queries, keys, values = _gathered(query, cells), _seen(key, cells, fronts[0]), _seen(value, cells, fronts[1])
             softmax = _Softmax(cells, group, keys.shape[1] - cells.longest, causal, scaling, dropout, seed, first_place)
@@ -118,7 +118,7 @@ class _Attention(torch.autograd.Function):
             for block, first, seen in softmax.blocks():
                 weights = softmax.weights(queries[:, block] @ keys[:, :seen].transpose(1, 2), first)
                 to[:, block] = softmax.drop(weights, first) @ values[:, :seen]
-                if cells.longest <= _KEPT:
+                if moving and cells.longest <= _KEPT:
                     kept.append(weights)
             _scatter(to, cells, out)
         ctx.save_for_backward(query, key, value, more_keys, more_values, seed, *kept)
