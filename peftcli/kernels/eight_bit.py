@@ -187,9 +187,6 @@ class Int8Backward(Int8):
         super().__init__(weight)
         self.weight = weight
 
-    def settle(self, weight: Tensor, factors: Tensor) -> None:
-        pass
-
     def times(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(rows, self.weight, bias)
 

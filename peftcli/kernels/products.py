@@ -9,7 +9,7 @@ would hide is mostly not computed. Kept for the way back are the inputs and, for
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -105,15 +105,11 @@ class _Attention(torch.autograd.Function):
         dropout: float,
     ) -> Tensor:
         seed = draw() if dropout > 0.0 else None
-        group = query.shape[1] // key.shape[1]
         fronts = [_front(x, more, documents) for x, more in ((key, more_keys), (value, more_values))]
         out = query.new_empty(*query.shape[:2], value.shape[2])
         kept: list[Tensor] = []
-        moving, first_place = any(ctx.needs_input_grad), 0
-        for cells in documents.cells(key.shape[1]):
-            queries, keys, values = _gathered(query, cells), _seen(key, cells, fronts[0]), _seen(value, cells, fronts[1])
-            softmax = _Softmax(cells, group, keys.shape[1] - cells.longest, causal, scaling, dropout, seed, first_place)
-            first_place += softmax.places
+        moving = any(ctx.needs_input_grad)
+        for cells, queries, keys, values, softmax in _rectangles(query, key, value, fronts, documents, causal, scaling, dropout, seed):
             to = query.new_empty(*queries.shape[:2], value.shape[2])
             for block, first, seen in softmax.blocks():
                 weights = softmax.weights(queries[:, block] @ keys[:, :seen].transpose(1, 2), first)
@@ -128,18 +124,15 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, more_keys, more_values, seed, *rest = ctx.saved_tensors
-        documents, group, kept = ctx.documents, query.shape[1] // key.shape[1], iter(rest)
+        documents, kept = ctx.documents, iter(rest)
         fronts = [_front(x, more, documents) for x, more in ((key, more_keys), (value, more_values))]
         # Sums over blocks and rows are made in float32.
         wide = torch.promote_types(key.dtype, torch.float32)
         for_fronts = [torch.zeros_like(front, dtype=wide) for front in fronts]
         for_query, for_key, for_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        first_place = 0
-        for cells in documents.cells(key.shape[1]):
-            queries, keys, values = _gathered(query, cells), _seen(key, cells, fronts[0]), _seen(value, cells, fronts[1])
+        how = (ctx.causal, ctx.scaling, ctx.dropout, seed)
+        for cells, queries, keys, values, softmax in _rectangles(query, key, value, fronts, documents, *how):
             wanted = _gathered(grads[0], cells, zeros=True)
-            softmax = _Softmax(cells, group, keys.shape[1] - cells.longest, ctx.causal, ctx.scaling, ctx.dropout, seed, first_place)
-            first_place += softmax.places
             sums = [torch.zeros_like(x, dtype=wide) for x in (keys, values)]
             to = torch.empty_like(queries)
             for block, first, seen in softmax.blocks():
@@ -162,6 +155,26 @@ class _Attention(torch.autograd.Function):
             out[: documents.shared] += front[:, count:].transpose(0, 1)
             for_more.append(None if more is None else front[:, :count].to(more.dtype))
         return for_query, for_key, for_value, *for_more, None, None, None, None
+
+
+def _rectangles(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    fronts: Sequence[Tensor],
+    documents: Documents | Padded,
+    causal: bool,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> Iterator[tuple[Cells, Tensor, Tensor, Tensor, _Softmax]]:
+    """Each rectangle with its queries, the keys and values that its rows see, and its softmax; the same in both directions."""
+    group, first = query.shape[1] // key.shape[1], 0
+    for cells in documents.cells(key.shape[1]):
+        keys, values = _seen(key, cells, fronts[0]), _seen(value, cells, fronts[1])
+        softmax = _Softmax(cells, group, keys.shape[1] - cells.longest, causal, scaling, dropout, seed, first)
+        first += softmax.places
+        yield cells, _gathered(query, cells), keys, values, softmax
 
 
 def _gathered(x: Tensor, cells: Cells, *, zeros: bool = False) -> Tensor:
