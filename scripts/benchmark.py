@@ -91,8 +91,7 @@ class Case:
             "learning_rate": self.learning_rate,
             "logging_steps": 1,
         }
-        train |= {"scheduler": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0, "seed": SEED}
-        train |= {"frozen_products": frozen_products}
+        train |= {"scheduler": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0, "seed": SEED, "frozen_products": frozen_products}
         return {
             "base_model": model, "task": self.task, "method": method, "dataset": rows, "train": train, "output_dir": str(work / "run")
         }  # fmt: skip

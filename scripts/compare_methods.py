@@ -30,6 +30,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from peers import apart
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "results" / "compare_methods.json"
 WORDS = {"ABBR": "abbreviation", "DESC": "description", "ENTY": "entity", "HUM": "human", "LOC": "location", "NUM": "number"}
@@ -199,17 +201,16 @@ def _write(path: Path, value: Any) -> None:
     part.replace(path)
 
 
-def apart(target: Any, *arguments: Any) -> None:
-    """Call ``target`` in a process of its own, so that its peak memory is its own; what has been imported is shared.
+def alone(target: Any, *arguments: Any) -> None:
+    """Call ``target`` in a process of its own.
 
     Raises:
         SystemExit: it failed.
     """
-    process = multiprocessing.get_context("forkserver").Process(target=target, args=arguments)
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise SystemExit(f"{target.__name__} ended with exit code {process.exitcode}")
+    try:
+        apart(target, *arguments, start="forkserver")
+    except RuntimeError as error:
+        raise SystemExit(str(error)) from None
 
 
 def measure(recipe: Mapping[str, Any], work: Path) -> dict[str, Any]:
@@ -222,7 +223,7 @@ def measure(recipe: Mapping[str, Any], work: Path) -> dict[str, Any]:
     name = f"{recipe['method']['name']}-{recipe['train']['seed']}-{key}"
     record = work / "records" / f"{name}.json"
     if not record.exists():
-        apart(run, text, work / "runs" / name, record)
+        alone(run, text, work / "runs" / name, record)
     found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
     return found
 
@@ -347,7 +348,7 @@ def main(arguments: Sequence[str]) -> int:
     work = args.work.resolve()
     convert(args.data, work)
     if not (work / "model" / "config.json").exists():
-        apart(prepare_model, args.model, work / "model")
+        alone(prepare_model, args.model, work / "model")
     rows = b"".join((work / f"{name}.jsonl").read_bytes() for name in ("train", "tune", "test"))
     (work / "key").write_text(f"{args.model} {hashlib.sha256(rows).hexdigest()}\n", encoding="utf-8")
     chosen = {name: CONTENDERS[name] for name in args.methods}

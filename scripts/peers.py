@@ -14,17 +14,21 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def apart(function: Any, *arguments: Any) -> None:
-    """Call ``function`` in a fresh process.
+def apart(function: Any, *arguments: Any, start: str = "spawn") -> None:
+    """Call ``function`` in a process of its own, whose peak memory is its own.
+
+    Args:
+        start: as multiprocessing names it; with ``forkserver`` what has been imported is shared.
 
     Raises:
         RuntimeError: it failed.
     """
-    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+    context: Any = multiprocessing.get_context(start)
+    process = context.Process(target=function, args=arguments)
     process.start()
     process.join()
     if process.exitcode:
-        raise RuntimeError(f"{function.__name__} ended with code {process.exitcode}")
+        raise RuntimeError(f"{function.__name__} ended with exit code {process.exitcode}")
 
 
 def peer_environment(folder: Path, name: str, pinned: Sequence[str], own: Sequence[str] = (), *, first: Sequence[str] = ()) -> Path:
