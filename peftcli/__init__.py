@@ -1,3 +1,3 @@
 """peftcli: fine-tuning from YAML recipes."""
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"

@@ -10,7 +10,7 @@ The plain reference (:func:`reference_attention`) builds the block-diagonal mask
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from peftcli.errors import UsageError
-from peftcli.kernels import fast, varlen
+from peftcli.kernels import fast, streamed, varlen
 from peftcli.kernels.documents import Documents, Padded
 from peftcli.kernels.dropout import serves
 from peftcli.kernels.products import products_attention
@@ -131,10 +131,11 @@ def packed_attention(
     if alone and varlen.serves(q, v, dtype) and fast.take("variable-length attention"):
         q, k, v = (x.to(dtype) for x in (q, k, v))
         return varlen.attend(q, k, v, documents.starts, documents.longest, scaling=scaling, causal=causal).unsqueeze(0)
-    if _by_products(q, dtype, documents.longest, causal, dropout):
+    serving = _serving(q, k, v, dtype, documents, causal, dropout)
+    if serving is not None:
         front = None if prefix is None else (prefix[0].to(dtype), prefix[1].to(dtype))
         q, k, v = (x.to(dtype) for x in (q, k, v))
-        return products_attention(q, k, v, documents, scaling=scaling, causal=causal, dropout=dropout, prefix=front).unsqueeze(0)
+        return serving(q, k, v, documents, scaling=scaling, causal=causal, dropout=dropout, prefix=front).unsqueeze(0)
     if shared:
         first = [x[:shared].unsqueeze(0).transpose(1, 2) for x in (q, k, v)]
         outputs.append(_attend(first, None, scaling, causal, dropout, prefix))
@@ -159,11 +160,17 @@ def packed_attention(
     return scattered.unsqueeze(0)
 
 
-def _by_products(query: Tensor, dtype: torch.dtype, longest: int, causal: bool, dropout: float) -> bool:
-    """Whether rows of up to so many tokens take plain products, computed in ``dtype``."""
+def _serving(
+    query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype, documents: Documents | Padded, causal: bool, dropout: float
+) -> Callable[..., Tensor] | None:
+    """What computes attention of [total, heads, width] each in ``dtype`` on a CPU, or ``None`` where PyTorch's fused attention is to."""
+    if streamed.serves(query, key, value, dtype, documents) and fast.take("attention in one compiled function"):
+        return streamed.streamed_attention
     limit = _LONGEST.get(dtype, (0, 0))[0 if causal else 1] if query.device.type == "cpu" else 0
     draws = dropout == 0.0 or (query.dtype == dtype and serves(query, dropout))
-    return longest <= limit and draws and fast.take("attention by plain products")
+    if documents.longest <= limit and draws and fast.take("attention by plain products"):
+        return products_attention
+    return None
 
 
 def _attend(
@@ -255,8 +262,9 @@ def _forward(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if documents is None:
         padded = None if causal or prefix is not None or _has_terms(kwargs) else _padded(query, key, attention_mask)
-        if padded is not None and _by_products(query, _common(query, key, value), query.shape[2], False, dropout):
-            return _padded_attention(query, key, value, padded, scale, dropout), None
+        out = None if padded is None else _padded_attention(query, key, value, padded, scale, dropout)
+        if out is not None:
+            return out, None
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         extra = 0
@@ -303,11 +311,14 @@ def _padded(query: Tensor, key: Tensor, mask: Tensor | None) -> Padded | None:
     return found
 
 
-def _padded_attention(query: Tensor, key: Tensor, value: Tensor, rows: Padded, scaling: float, dropout: float) -> Tensor:
-    """[rows, length, heads, width] from [rows, heads, length, width] of each."""
+def _padded_attention(query: Tensor, key: Tensor, value: Tensor, rows: Padded, scaling: float, dropout: float) -> Tensor | None:
+    """[rows, length, heads, width] from [rows, heads, length, width] of each; ``None`` where PyTorch's fused attention is to compute it."""
     dtype = _common(query, key, value)
-    parts = [x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value)]
-    out = products_attention(parts[0], parts[1], parts[2], rows, scaling=scaling, causal=False, dropout=dropout)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    serving = _serving(q, k, v, dtype, rows, False, dropout)
+    if serving is None:
+        return None
+    out = serving(q.to(dtype), k.to(dtype), v.to(dtype), rows, scaling=scaling, causal=False, dropout=dropout)
     return out.view(rows.rows, rows.longest, *out.shape[1:])
 
 

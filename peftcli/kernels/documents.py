@@ -79,6 +79,13 @@ class Documents:
         """[documents + 1] int32: where each document begins, and the end."""
         return self._ahead(np.cumsum([0, *self.lengths], dtype=np.int32))
 
+    @functools.cached_property
+    def spans(self) -> Tensor:
+        """[documents, 2] int64: (start, length) of each, the shared beginning first where there is one."""
+        starts = itertools.accumulate(self.lengths, initial=self.shared)
+        spans = [*([(0, self.shared)] if self.shared else []), *zip(starts, self.lengths, strict=False)]
+        return self._ahead(np.array(spans, dtype=np.int64).reshape(-1, 2))
+
     @property
     def rectangles(self) -> list[Rectangle]:
         """The documents in rectangles of similar lengths."""
@@ -159,6 +166,12 @@ class Padded:
     def __init__(self, rows: int, longest: int, lengths: Tensor | None) -> None:
         self.rows, self.longest, self.lengths = rows, longest, lengths
         self._cells: dict[int, list[Cells]] = {}
+
+    @functools.cached_property
+    def spans(self) -> Tensor:
+        """[rows, 2] int64: (start, length) of each row without its padding."""
+        starts = torch.arange(self.rows) * self.longest
+        return torch.stack([starts, torch.full_like(starts, self.longest) if self.lengths is None else self.lengths], dim=1).contiguous()
 
     def cells(self, heads: int) -> list[Cells]:
         """All rows as one rectangle; its padding is computed like everything else, and seen by nothing."""

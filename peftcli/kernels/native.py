@@ -1,5 +1,5 @@
-"""Compiled arithmetic: for the CPU ``rows.c``, built with the machine's own C compiler when it is first wanted, and kept; for a GPU
-``triton_rows.py``, where Triton is installed.
+"""Compiled arithmetic: for the CPU ``rows.c`` and ``attention.c``, built with the machine's own C compiler when they are first wanted, and
+kept; for a GPU ``triton_rows.py``, where Triton is installed.
 
 Nothing is compiled at installation and nothing depends on it: without a compiler, or with one that fails, :func:`library` is ``None`` and
 PyTorch's operators do the work. The build takes about a second and goes to the user's cache folder under a name that is a hash of
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-_SOURCE = Path(__file__).with_name("rows.c")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.c", "attention.c"))
 _VARIANTS = {torch.bfloat16: "BFLOAT16", torch.float32: "FLOAT32"}
 # The machine's own instructions; no exceptions and no errno, which keep loops from being vectorized. NaN and infinity keep their meaning.
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-std=c11", "-shared", "-fPIC")
@@ -36,7 +36,7 @@ _PATIENCE = 120.0  # seconds
 
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The functions of ``rows.c`` for tensors of ``dtype``, or ``None`` where there are none."""
+    """The compiled functions for tensors of ``dtype``, or ``None`` where there are none."""
     variant = _VARIANTS.get(dtype)
     compiler = shutil.which(os.environ.get("CC") or "cc")
     if variant is None or compiler is None or platform.system() != "Linux":
@@ -56,7 +56,8 @@ def build() -> str | None:
 
 @functools.cache
 def _key(compiler: str) -> str:
-    depends = [_SOURCE.read_text(encoding="utf-8"), _output(compiler, "--version"), " ".join(_FLAGS), _instructions()]
+    texts = [source.read_text(encoding="utf-8") for source in _SOURCES]
+    depends = [*texts, _output(compiler, "--version"), " ".join(_FLAGS), _instructions()]
     return hashlib.sha256("\0".join(depends).encode()).hexdigest()[:24]
 
 
@@ -70,7 +71,7 @@ def _built(compiler: str, variant: str) -> Path:
             if not place.exists():
                 # Two processes may build at once: each its own file, and the last rename wins with the same bytes.
                 with tempfile.TemporaryDirectory(dir=folder) as aside:
-                    _output(compiler, *_FLAGS, f"-D{variant}", str(_SOURCE), "-o", str(Path(aside) / name))
+                    _output(compiler, *_FLAGS, f"-D{variant}", *map(str, _SOURCES), "-o", str(Path(aside) / name))
                     (Path(aside) / name).replace(place)
             return place
     raise OSError("no folder to build in")
@@ -111,6 +112,12 @@ def usable(*tensors: Tensor) -> bool:
 
 
 @functools.cache
+def has(name: str, dtype: torch.dtype) -> bool:
+    """Whether the CPU's build for ``dtype`` has the function ``name``: some need instructions that not every machine has."""
+    return library(dtype) is not None and hasattr(library(dtype), name)
+
+
+@functools.cache
 def triton_runs() -> bool:
     """Whether Triton can compile for a GPU here."""
     return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
@@ -134,6 +141,13 @@ def call(name: str, like: Tensor, *arguments: Tensor | float | None) -> None:
         else:
             values.append(ctypes.c_float(value) if isinstance(value, float) else ctypes.c_long(value))
     function(*values, ctypes.c_int(torch.get_num_threads()))
+
+
+def ask(name: str, dtype: torch.dtype, *numbers: int) -> int:
+    """What the function ``name`` of the CPU's build for ``dtype`` answers to ``numbers``."""
+    function: Any = getattr(library(dtype), name)
+    function.restype = ctypes.c_long
+    return int(function(*map(ctypes.c_long, numbers)))
 
 
 @functools.cache
