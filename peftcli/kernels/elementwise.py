@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftcli.kernels import native
+from peftcli.kernels import fast, native
 from peftcli.kernels.again import cheap
 
 
@@ -169,3 +169,9 @@ def scale_columns(x: Tensor, scale: Tensor) -> Tensor:
 def reference_scale_columns(x: Tensor, scale: Tensor) -> Tensor:
     """What :func:`scale_columns` computes, operator by operator."""
     return (x * scale).to(x.dtype)
+
+
+def scaled(x: Tensor, scale: Tensor) -> Tensor:
+    """:func:`scale_columns` where the compiled code takes ``x``, else :func:`reference_scale_columns`."""
+    on_cpu = x.device.type == "cpu" and scale.dtype == torch.float32 and native.usable(x)
+    return (scale_columns if on_cpu and fast.take("scales in one pass") else reference_scale_columns)(x, scale)

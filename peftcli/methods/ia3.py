@@ -13,8 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftcli.errors import UsageError
-from peftcli.kernels import fast, native
-from peftcli.kernels.elementwise import reference_scale_columns, scale_columns
+from peftcli.kernels.elementwise import scaled
 from peftcli.methods import targets
 from peftcli.methods.base import Caps, Context, MethodConfig, PeftFormat
 from peftcli.methods.fields import adapted_names, module_fields, module_options
@@ -63,20 +62,14 @@ class Ia3Layer(AdapterLayer):
     def forward(self, x: Tensor) -> Tensor:
         scale = self.ia3_l.flatten()
         if self.feedforward:
-            scaled: Tensor = self.base(_scaled(x, scale))
-            return scaled
+            of_scaled: Tensor = self.base(scaled(x, scale))
+            return of_scaled
         result: Tensor = self.base(x)
-        return _scaled(result, scale)
+        return scaled(result, scale)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         scale = self.ia3_l.to(weight)
-        scaled = bias * scale.flatten() if bias is not None and not self.feedforward else bias
-        return weight * scale, scaled
-
-
-def _scaled(x: Tensor, scale: Tensor) -> Tensor:
-    on_cpu = x.device.type == "cpu" and scale.dtype == torch.float32 and native.usable(x)
-    return (scale_columns if on_cpu and fast.take("scales in one pass") else reference_scale_columns)(x, scale)
+        return weight * scale, bias * scale.flatten() if bias is not None and not self.feedforward else bias
 
 
 class Ia3(LayerMethod[Ia3Config]):

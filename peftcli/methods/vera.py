@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from peftcli.kernels.elementwise import scaled
 from peftcli.methods.base import Caps, Context, MethodConfig, PeftFormat
 from peftcli.methods.fields import module_fields, module_options, refuse
 from peftcli.methods.kinds import AdapterLayer, LayerMethod, features, trainable_state
@@ -37,6 +38,18 @@ class Projections:
 
     a: Tensor
     b: Tensor
+    _corners: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
+
+    def corner(self, width_in: int, width_out: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A [rank, width_in] and B [width_out, rank] in ``dtype``, made once for all layers of these widths."""
+        return self._corner("a", self.a, self.a[:, :width_in], dtype), self._corner("b", self.b, self.b[:width_out], dtype)
+
+    def _corner(self, name: str, whole: Tensor, part: Tensor, dtype: torch.dtype) -> Tensor:
+        # Reading a file changes the numbers in place, which their version tells.
+        key = (name, *part.shape, dtype, whole.device, whole._version)
+        if key not in self._corners:
+            self._corners[key] = part.to(dtype).contiguous()
+        return self._corners[key]
 
 
 class VeraLayer(AdapterLayer):
@@ -54,17 +67,16 @@ class VeraLayer(AdapterLayer):
         self.vera_lambda_d = nn.Parameter(torch.full((len(shared.a),), d_initial))
         self.dropout = nn.Dropout(dropout) if dropout > 0.0 else nn.Identity()
 
-    def _corner(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        return self.shared.a[:, : self.width_in].to(like), self.shared.b[: len(self.vera_lambda_b)].to(like)
-
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.base(x)
-        narrow, wide = self._corner(x)
-        low = self.vera_lambda_d.to(x.dtype) * F.linear(self.dropout(x), narrow)
-        return result + (self.vera_lambda_b.to(x.dtype) * F.linear(low, wide)).to(result.dtype)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        narrow, wide = self.shared.corner(self.width_in, len(self.vera_lambda_b), dtype)
+        low = scaled(F.linear(self.dropout(x), narrow), self.vera_lambda_d)
+        return result + scaled(F.linear(low, wide), self.vera_lambda_b).to(result.dtype)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        narrow, wide = self._corner(weight)
+        narrow, wide = (x.to(weight) for x in (self.shared.a[:, : self.width_in], self.shared.b[: len(self.vera_lambda_b)]))
         return weight + self.vera_lambda_b.to(weight).unsqueeze(1) * (wide * self.vera_lambda_d.to(weight)) @ narrow, bias
 
 
