@@ -19,7 +19,7 @@ from peftcli.data.text_rows import TextRows
 from peftcli.kernels import fast
 from peftcli.kernels.attention import PackingUnsupportedError
 from peftcli.kernels.cross_entropy import sum_cross_entropy
-from peftcli.kernels.linear_cross_entropy import linear_cross_entropy
+from peftcli.kernels.linear_cross_entropy import linear_cross_entropy, linear_token_losses
 from peftcli.methods.base import Loss
 from peftcli.recipe import tasks as options
 from peftcli.recipe.schema import DatasetSection
@@ -46,11 +46,9 @@ class CausalLM(TaskModule):
 
     def forward(self, batch: Batch) -> Loss:
         head = self._plain_head()
-        if head is not None:
-            hidden = self._hidden(batch, head)
-            mixed = torch.is_autocast_enabled(head.weight.device.type)
-            if hidden is not None and (mixed or hidden.dtype == head.weight.dtype) and fast.take("linear cross-entropy without logits"):
-                return Loss(*linear_cross_entropy(hidden, head.weight, head.bias, batch.targets), {})
+        hidden = None if head is None else self._hidden(batch, head)
+        if head is not None and hidden is not None and _fuses(hidden, head):
+            return Loss(*linear_cross_entropy(hidden, head.weight, head.bias, batch.targets), {})
         total, correct = sum_cross_entropy(self.logits(batch), batch.targets)
         return Loss(total, correct, {})
 
@@ -118,12 +116,14 @@ class CausalLM(TaskModule):
         return {"loss": loss, "units": units, "correct": correct}
 
     def token_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """[supervised] cross-entropy in float32 and whether the target was a most likely token, a slice at a time. Without gradient
-        the output layer too is run slice by slice, so that the logits of all positions never exist together."""
-        head, rows = None, None
-        if not torch.is_grad_enabled():
-            head = self._open_head()
-            rows = None if head is None else self._hidden(batch, head)
+        """[supervised] cross-entropy in float32 and whether the target was a most likely token, a slice at a time. Without gradient, or
+        where it is frozen, the output layer too is run slice by slice, so that the logits of all positions never exist together."""
+        plain = self._plain_head()
+        frozen = plain if plain is not None and not any(x.requires_grad for x in plain.parameters()) else None
+        head = frozen if torch.is_grad_enabled() else self._open_head()
+        rows = None if head is None else self._hidden(batch, head)
+        if frozen is not None and rows is not None and torch.is_grad_enabled() and _fuses(rows, frozen):
+            return linear_token_losses(rows, frozen.weight, frozen.bias, batch.targets)
         if rows is None:
             head, rows = None, self.logits(batch)
         losses, hits = [], []
@@ -136,6 +136,12 @@ class CausalLM(TaskModule):
         if not losses:
             return rows.new_zeros(0), batch.targets.bool()
         return torch.cat(losses), torch.cat(hits)
+
+
+def _fuses(hidden: Tensor, head: nn.Linear) -> bool:
+    """Whether the output layer and the loss over it are computed in one."""
+    mixed = torch.is_autocast_enabled(head.weight.device.type)
+    return (mixed or hidden.dtype == head.weight.dtype) and fast.take("linear cross-entropy without logits")
 
 
 class CausalLMTask(Task[options.CausalLMTask]):

@@ -15,7 +15,12 @@ from torch import Tensor
 from peftcli.data.batching import collate
 from peftcli.kernels import fast
 from peftcli.kernels import linear_cross_entropy as kernel
-from peftcli.kernels.linear_cross_entropy import linear_cross_entropy, reference_linear_cross_entropy
+from peftcli.kernels.linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_token_losses,
+    reference_linear_cross_entropy,
+    reference_linear_token_losses,
+)
 from peftcli.tasks.causal_lm import CausalLM
 
 NAME = "linear cross-entropy without logits"
@@ -192,3 +197,68 @@ def test_the_switch() -> None:
     fast.switch(on=True)
     CausalLM(model)(batch)
     assert NAME in fast.taken()
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(0, 40), vocabulary=st.integers(2, 50), bias=st.booleans(), small=st.booleans(), seed=st.integers(0, 1000))
+def test_losses_of_single_tokens_in_float64(rows: int, vocabulary: int, bias: bool, small: bool, seed: int) -> None:
+    """Every row's loss has a weight of its own, as in a loss over pairs of answers."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (rows, vocabulary))
+    shift = torch.randn(vocabulary, generator=generator, dtype=torch.float64) if bias else None
+    targets = torch.randint(0, vocabulary, (rows,), generator=generator)
+    shares = torch.randn(rows, generator=generator, dtype=torch.float64)
+    found = []
+    logits, wide = (7 * vocabulary, 3 * vocabulary) if small else (kernel._LOGITS, kernel._WIDE)
+    with mock.patch.multiple(kernel, _LOGITS=logits, _WIDE=wide):
+        for function in (linear_token_losses, reference_linear_token_losses):
+            own = hidden.clone().requires_grad_()
+            losses, right = function(own, weight, shift, targets)
+            found.append((losses.detach(), right, torch.autograd.grad((losses * shares).sum(), own)[0]))
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_of_single_tokens_in_other_dtypes(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(6)
+    hidden, weight = (torch.randn(n, 8, generator=generator).to(dtype).requires_grad_(n == 150) for n in (150, 77))
+    targets, shares = torch.randint(0, 77, (150,), generator=generator), torch.randn(150, generator=generator)
+    ours, right = linear_token_losses(hidden, weight, None, targets)
+    theirs, expected = reference_linear_token_losses(hidden, weight, None, targets)
+    assert torch.equal(right, expected)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    mine, plain = (torch.autograd.grad((losses * shares).sum(), hidden)[0].float() for losses in (ours, theirs))
+    assert float((mine - plain).norm()) <= (1e-5 if dtype == torch.float32 else 0.02) * float(plain.norm())
+
+
+def test_losses_of_single_tokens_need_a_frozen_output_layer() -> None:
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    with pytest.raises(ValueError, match="trained output layer"):
+        linear_token_losses(hidden, weight, None, torch.zeros(3, dtype=torch.long))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("case", HEADS)
+def test_losses_of_single_tokens_are_those_of_the_model_whatever_its_head(case: str, packed: bool) -> None:
+    name, kind, options, _ = HEADS[case]
+    split = helpers.make_split([6, 11, 5, 9])
+    batch = collate(split.input_ids, split.supervised, packed=packed, pad_id=3)
+    found = []
+    for on in (True, False):
+        model, _ = helpers.adapted(name, kind, torch.float64, **options)
+        helpers.stir(model)
+        fast.switch(on=on)
+        try:
+            losses, hits = CausalLM(model).token_losses(batch)
+            frozen = not any(x.requires_grad for x in model.get_output_embeddings().parameters()) if on else False
+            assert (NAME in fast.taken()) is (on and frozen and not case.startswith("adapted"))
+        finally:
+            fast.switch(on=True)
+        (losses * torch.linspace(-1, 2, len(losses), dtype=torch.float64)).sum().backward()
+        found.append((losses.detach(), hits, helpers.gradients(model)))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-11, atol=1e-11)
+    assert torch.equal(found[0][1], found[1][1])
+    for key, gradient in found[0][2].items():
+        assert float((gradient - found[1][2][key]).abs().max()) <= 1e-10, key
