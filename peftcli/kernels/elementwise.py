@@ -102,7 +102,9 @@ def _turned(x: Tensor, cosine: Tensor, sine: Tensor, back: bool) -> Tensor:
     if tokens.stride()[1:] != (width, 1):
         tokens = tokens.contiguous()
     out = x.new_empty(length, heads, width)
-    native.call("rotate", x, tokens, tokens.stride(0), cosine, sine, out, length, heads, width, int(back))
+    # Under autocast the angles come in float32, and the result is rounded once.
+    name = "rotate" if cosine.dtype == x.dtype else "rotate_wide"
+    native.call(name, x, tokens, tokens.stride(0), cosine, sine, out, length, heads, width, int(back))
     return out.transpose(0, 1).unsqueeze(0)
 
 
@@ -122,7 +124,8 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotary positions (RoFormer, arXiv:2104.09864) in the order of transformers: the halves of a head's width form the pairs.
 
     Args:
-        x: [1, heads, length, width] on the CPU; ``cosine`` and ``sine``: [1, length, width], contiguous, of its dtype, without gradient.
+        x: [1, heads, length, width]; ``cosine`` and ``sine``: [1, length, width], contiguous, of its dtype or, on the CPU, float32,
+            without gradient.
     """
     out: Tensor = _Rotate.apply(x, cosine, sine)  # type: ignore[no-untyped-call]
     return out
@@ -131,7 +134,7 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 def reference_rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """What :func:`rotate` computes, operator by operator."""
     low, high = x.chunk(2, dim=-1)
-    return x * cosine.unsqueeze(1) + torch.cat((-high, low), dim=-1) * sine.unsqueeze(1)
+    return (x * cosine.unsqueeze(1) + torch.cat((-high, low), dim=-1) * sine.unsqueeze(1)).to(x.dtype)
 
 
 # Rows whose products are summed one after the other.

@@ -94,7 +94,7 @@ def _found(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
     right: list[Tensor] = []
     for_hidden = torch.empty_like(inner) if wanted[0] else None
     wide = torch.promote_types(weight.dtype, torch.float32)
-    # In the products' dtype, as autocast leaves it; the sum over several is made in float32.
+    # In the products' dtype, as autocast leaves it; the sum over several in float32.
     for_weight: Tensor | None = None
     for_bias = torch.zeros(vocabulary, dtype=wide, device=weight.device) if wanted[2] else None
     for start in range(0, rows, chunk):
@@ -113,7 +113,7 @@ def _found(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
             for_weight = part if for_weight is None else for_weight.to(wide).add_(part)
         if for_bias is not None:
             for_bias += (shares.to(dtype).t() @ some)[0]
-    return _Found(torch.cat(losses), torch.cat(right), for_hidden, None if for_weight is None else for_weight.to(dtype), for_bias)
+    return _Found(torch.cat(losses), torch.cat(right), for_hidden, for_weight, for_bias)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

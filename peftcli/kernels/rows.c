@@ -118,32 +118,56 @@ void swiglu_backward(const value *grad, const value *gate, const value *up, valu
     }
 }
 
+/* One number of cosine or sine, which are float32 where `wide`. */
+static inline float angle(const void *table, long i, const int wide) {
+    return wide ? ((const float *)table)[i] : load(((const value *)table)[i]);
+}
+
+/* A product in float32, rounded where PyTorch would. */
+static inline float part(float product, const int wide) { return wide ? product : rounded(product); }
+
+static inline __attribute__((always_inline)) void turn(const value *x, long step, const void *cosine, const void *sine, value *out, long row,
+                                                        long heads, long width, const int back, const int wide) {
+    long half = width / 2, size = wide ? sizeof(float) : sizeof(value);
+    const char *c = (const char *)cosine + row * width * size, *s = (const char *)sine + row * width * size;
+    for (long head = 0; head < heads; head++) {
+        const value *in = x + row * step + head * width;
+        value *to = out + (row * heads + head) * width;
+#pragma omp simd
+        for (long i = 0; i < half; i++) {
+            float low = load(in[i]), high = load(in[i + half]);
+            if (back) {
+                to[i] = store(part(low * angle(c, i, wide), wide) + part(high * angle(s, i + half, wide), wide));
+                to[i + half] = store(part(high * angle(c, i + half, wide), wide) - part(low * angle(s, i, wide), wide));
+            } else {
+                to[i] = store(part(low * angle(c, i, wide), wide) - part(high * angle(s, i, wide), wide));
+                to[i + half] = store(part(high * angle(c, i + half, wide), wide) + part(low * angle(s, i + half, wide), wide));
+            }
+        }
+    }
+}
+
 /* Rotary positions: x [rows, heads, width], its rows `step` apart; cosine and sine [rows, width]. With `back` the gradient's way. */
 void rotate(const value *x, long step, const value *cosine, const value *sine, value *out, long rows, long heads, long width, long back,
             int threads) {
-    long half = width / 2;
     ROWS
     for (long row = 0; row < rows; row++) {
-        const value *c = cosine + row * width, *s = sine + row * width;
-        for (long head = 0; head < heads; head++) {
-            const value *in = x + row * step + head * width;
-            value *to = out + (row * heads + head) * width;
-            if (back) {
-#pragma omp simd
-                for (long i = 0; i < half; i++) {
-                    float low = load(in[i]), high = load(in[i + half]);
-                    to[i] = store(rounded(low * load(c[i])) + rounded(high * load(s[i + half])));
-                    to[i + half] = store(rounded(high * load(c[i + half])) - rounded(low * load(s[i])));
-                }
-            } else {
-#pragma omp simd
-                for (long i = 0; i < half; i++) {
-                    float low = load(in[i]), high = load(in[i + half]);
-                    to[i] = store(rounded(low * load(c[i])) - rounded(high * load(s[i])));
-                    to[i + half] = store(rounded(high * load(c[i + half])) + rounded(low * load(s[i + half])));
-                }
-            }
-        }
+        if (back)
+            turn(x, step, cosine, sine, out, row, heads, width, 1, 0);
+        else
+            turn(x, step, cosine, sine, out, row, heads, width, 0, 0);
+    }
+}
+
+/* The same with cosine and sine in float32. */
+void rotate_wide(const value *x, long step, const float *cosine, const float *sine, value *out, long rows, long heads, long width, long back,
+                 int threads) {
+    ROWS
+    for (long row = 0; row < rows; row++) {
+        if (back)
+            turn(x, step, cosine, sine, out, row, heads, width, 1, 1);
+        else
+            turn(x, step, cosine, sine, out, row, heads, width, 0, 1);
     }
 }
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peftcli.kernels import elementwise, fast, native
@@ -74,6 +75,15 @@ def _gate(self: Any, plain: Callable[..., Tensor], x: Tensor) -> Tensor:
     return down
 
 
+def _turns(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether the compiled rotation takes these: all of one dtype, or what autocast makes of them, which attention rounds to its dtype."""
+    device = q.device.type
+    if q.dtype == cos.dtype:
+        return native.usable(q, k, cos, sin)
+    mixed = device == "cpu" and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == q.dtype
+    return mixed and cos.dtype == torch.float32 and native.usable(q, k) and native.usable(cos, sin)
+
+
 def _patch_rotation(module: Any, llama: Any) -> None:
     """Attention calls its rotation through its Python module, which several models may share."""
     plain = getattr(module, "apply_rotary_pos_emb", None)
@@ -83,7 +93,7 @@ def _patch_rotation(module: Any, llama: Any) -> None:
     @functools.wraps(plain)
     def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
         whole = unsqueeze_dim == 1 and q.shape[0] == 1 and cos.shape == (1, q.shape[2], q.shape[3]) and cos.is_contiguous()
-        if whole and sin.is_contiguous() and native.usable(q, k, cos, sin) and fast.take(_NAME):
+        if whole and sin.is_contiguous() and _turns(q, k, cos, sin) and fast.take(_NAME):
             return elementwise.rotate(q, cos, sin), elementwise.rotate(k, cos, sin)
         both: tuple[Tensor, Tensor] = plain(q, k, cos, sin, unsqueeze_dim)
         return both
