@@ -10,7 +10,8 @@ Both sides get the same tokens in the same order, the same supervised positions,
 the same adapter (peftcli writes it, peft reads it), so their losses must agree to rounding. The twin of a method is peft's own, or, where
 weights of the model itself move, Trainer alone on the same weights; methods that have none are named in the result. Trainer runs in
 bfloat16 with fused AdamW and SDPA in two variants: padded batches, which is its default, and its collator without padding (for language
-models; not for virtual tokens, of which peft would give only the first row any). ``--int8`` adds two sides, peftcli with
+models; not for virtual tokens, of which peft would give only the first row any). ``--dtype float32`` has both sides compute in float32, and
+``--instructions avx2`` leaves both without AVX-512, as on older processors. ``--int8`` adds two sides, peftcli with
 ``train.frozen_products: int8_backward`` and ``int8``. Every run is a process of its own; the sides take turns. The first step warms up
 and is not counted.
 
@@ -30,6 +31,7 @@ import os
 import platform
 import re
 import resource
+import shutil
 import sys
 import tempfile
 import time
@@ -241,8 +243,8 @@ def run_peer(python: Path, case: Case, variant: str, work: Path, threads: int, r
         "task": case.task, "model": str(work / "model"), "adapter": str(adapter) if adapter.exists() else None,
         "weights": str(work / "weights.safetensors"), "whole": registry.get(case.method).caps.whole_model,
         "rows": str(work / "tokens.jsonl"),
-        "variant": variant, "quantization": "nf4" if case.method == "qlora" else None, "threads": threads, "seed": SEED,
-        "batch_size": case.batch_size, "steps": case.steps, "learning_rate": case.learning_rate, "result": str(result),
+        "variant": variant, "dtype": case.dtype, "quantization": "nf4" if case.method == "qlora" else None, "threads": threads,
+        "seed": SEED, "batch_size": case.batch_size, "steps": case.steps, "learning_rate": case.learning_rate, "result": str(result),
     }  # fmt: skip
     run_script(python, PEER, description, work, result)
 
@@ -307,7 +309,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=6, help="of which the first is not counted")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--dtype", default="bfloat16", help="of our side; the peer computes in bfloat16")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of both sides")
+    parser.add_argument("--instructions", choices=["native", "avx2"], default="native", help="avx2: both sides without AVX-512")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work", type=Path, help="folder for the model and the runs; default: a temporary one")
     parser.add_argument("--peers", type=Path, default=ROOT / ".venv" / "peers", help="environment of the peers, made where missing")
@@ -327,19 +330,32 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+def without_avx512(work: Path) -> None:
+    """Leave this process's children AVX2: the libraries by their own switches, peftcli's compiled code by its compiler's name."""
+    compiler = work / "cc"
+    compiler.write_text(f'#!/bin/sh\nexec {shutil.which("cc")} "$@" -march=haswell\n', encoding="utf-8")
+    compiler.chmod(0o755)
+    os.environ |= {
+        "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "CC": str(compiler), "XDG_CACHE_HOME": str(work / "cache"),
+    }  # fmt: skip
+
+
 def main() -> int:
     args = arguments()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     python = None
     if not args.alone:
         python = args.peer_python or peer_environment(args.peers, "the peers", ("torch", *PACKAGES), first=("torch",))
-    facts = machine(args.threads)
-    name = re.sub(r"[^a-z0-9]+", "-", f"{facts['device_name']} {args.threads} threads".lower()).strip("-")
-    results: Path = args.results or RESULTS / f"benchmark-{name}.json"
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         work: Path = args.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
+        if args.instructions == "avx2":
+            without_avx512(work)
+        facts = machine(args.threads)
+        name = re.sub(r"[^a-z0-9]+", "-", f"{facts['device_name']} {args.threads} threads".lower()).strip("-")
+        results: Path = args.results or RESULTS / f"benchmark-{name}.json"
         if not (work / "model" / "config.json").exists():
             apart(prepare_model, args.task, args.model, args.dtype, work / "model")
         apart(floor, args.task, work / "model", work / "floor.json")

@@ -67,7 +67,9 @@ def main() -> None:
     # A model that moves as a whole keeps float32 weights and computes in bfloat16, like ours.
     classes = case["task"] == "sequence_classification"
     kind = tf.AutoModelForSequenceClassification if classes else tf.AutoModelForCausalLM
-    model = kind.from_pretrained(case["model"], dtype=torch.float32 if whole else torch.bfloat16, attn_implementation="sdpa", **extra)
+    model = kind.from_pretrained(
+        case["model"], dtype=torch.float32 if whole or case["dtype"] == "float32" else torch.bfloat16, attn_implementation="sdpa", **extra
+    )
     if case["adapter"] is not None:
         model = adapted(model, Path(case["adapter"]), case["steps"])
     else:
@@ -117,7 +119,7 @@ def main() -> None:
         learning_rate=case["learning_rate"],
         lr_scheduler_type="constant",
         optim="adamw_torch_fused",
-        bf16=True,
+        bf16=case["dtype"] == "bfloat16",
         use_cpu=True,
         logging_steps=1,
         save_strategy="no",
