@@ -167,7 +167,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
 
 
 def linear_token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The cross-entropy of each row, and whether its target is a most likely token; [rows] both. The output layer is frozen.
+    """The cross-entropy of each row, and whether its target is a most likely token; [rows] both. The output layer is frozen, or gradients
+    are off.
 
     Args:
         hidden, weight, bias, targets: as for :func:`linear_cross_entropy`.
@@ -175,7 +176,7 @@ def linear_token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, tar
     Raises:
         ValueError: weight or bias wants a gradient, which needs to know what becomes of each row's loss.
     """
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         raise ValueError("the losses of single tokens have no gradient for a trained output layer")
     if hidden.shape[0] == 0:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32

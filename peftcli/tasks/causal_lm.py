@@ -45,7 +45,7 @@ class CausalLM(TaskModule):
         self._untouched = True
 
     def forward(self, batch: Batch) -> Loss:
-        head = self._plain_head()
+        head = self._plain_head() if torch.is_grad_enabled() else None
         hidden = None if head is None else self._hidden(batch, head)
         if head is not None and hidden is not None and _fuses(hidden, head):
             return Loss(*linear_cross_entropy(hidden, head.weight, head.bias, batch.targets), {})
@@ -60,7 +60,7 @@ class CausalLM(TaskModule):
 
     def _plain_head(self) -> nn.Linear | None:
         """The output layer, where it is nothing but a product."""
-        head = self._open_head() if fast.on() and torch.is_grad_enabled() else None
+        head = self._open_head() if fast.on() else None
         return head if type(head) is nn.Linear else None
 
     def _hidden(self, batch: Batch, head: nn.Module) -> Tensor | None:
@@ -118,12 +118,13 @@ class CausalLM(TaskModule):
     def token_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """[supervised] cross-entropy in float32 and whether the target was a most likely token, a slice at a time. Without gradient, or
         where it is frozen, the output layer too is run slice by slice, so that the logits of all positions never exist together."""
-        plain = self._plain_head()
-        frozen = plain if plain is not None and not any(x.requires_grad for x in plain.parameters()) else None
-        head = frozen if torch.is_grad_enabled() else self._open_head()
+        moving, plain = torch.is_grad_enabled(), self._plain_head()
+        if plain is not None and moving and any(x.requires_grad for x in plain.parameters()):
+            plain = None
+        head = plain if moving else self._open_head()
         rows = None if head is None else self._hidden(batch, head)
-        if frozen is not None and rows is not None and torch.is_grad_enabled() and _fuses(rows, frozen):
-            return linear_token_losses(rows, frozen.weight, frozen.bias, batch.targets)
+        if plain is not None and rows is not None and _fuses(rows, plain):
+            return linear_token_losses(rows, plain.weight, plain.bias, batch.targets)
         if rows is None:
             head, rows = None, self.logits(batch)
         losses, hits = [], []
