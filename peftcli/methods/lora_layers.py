@@ -105,8 +105,9 @@ def add_low_rank(result: Tensor, x: Tensor, narrow: Tensor, wide: Tensor, scalin
     """``result + scaling * (x @ narrow.T) @ wide.T`` in the dtype of ``x``; [..., in] -> [..., out]."""
     narrow, wide = narrow.to(x.dtype), wide.to(x.dtype)
     if x.dtype in (torch.float32, torch.float64) or result.dtype != x.dtype:
-        # PEFT's order of operations: in float32 the two agree to the last bit.
-        return result + F.linear(F.linear(x, narrow), wide) * scaling
+        # PEFT's order of operations, in place where one dtype allows it: in float32 the two agree to the last bit.
+        update = F.linear(F.linear(x, narrow), wide)
+        return update.mul_(scaling).add_(result) if result.dtype == update.dtype else result + update * scaling
     # Half precision: scale the thin tensor, and one product that adds onto the base's output.
     low = F.linear(x, narrow) * scaling
     return torch.addmm(result.flatten(0, -2), low.flatten(0, -2), wide.t()).view(result.shape)
