@@ -29,7 +29,7 @@ from peftcli.planner import LayerCost, MemoryPlan, choose, layers, peak, smalles
 from peftcli.recipe.schema import Recipe
 from peftcli.recipe.sizes import parse_size
 from peftcli.report.text import size
-from peftcli.tasks.base import Task
+from peftcli.tasks.base import Layout, Task
 
 # Bytes of optimizer state for each trained parameter.
 _STATE = {"adamw": 8.0, "paged_adamw": 8.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 2.0, "sgd": 0.0, "adafactor": 0.1}
@@ -181,14 +181,15 @@ def estimate(
     model.train()
     # A beginning that rows share is computed once, on the CPU, and where the model and the method allow it.
     share = on_cpu and recipe.train.fast_paths and task.auto_model == CAUSAL_LM
-    batch = Batch(model, task, data.train, _largest(plan), dtype, mixed, mode, 1 + heap, share)
+    rows, groups = _largest(plan, task, data.train.widths, grouped=on_cpu and recipe.train.fast_paths)
+    batch = Batch(model, task, data.train, rows, dtype, mixed, mode, 1 + heap, share)
     everything = MemoryPlan.of("recomputed" if recipe.train.gradient_checkpointing else "saved", len(layers(model)))
     if recipe.train.gradient_checkpointing and not everything.choices:
         checkpoint_activations(model)
     batch, first = _shared(batch, everything)
 
     def training(alive: Alive, chosen: MemoryPlan) -> Estimate:
-        kept = trainable * 4 if recipe.train.gradient_accumulation_steps > 1 else alive.peak[0]
+        kept = trainable * 4 if recipe.train.gradient_accumulation_steps > 1 or groups > 1 else alive.peak[0]
         return replace(at("training", alive.peak[1] + dense, kept), plan=chosen)
 
     if recipe.train.memory_budget is not None:
@@ -284,7 +285,10 @@ def _costs(saved: Alive, again: Alive) -> tuple[list[LayerCost], float, float]:
     return costs, max(above(alive, ("between", 0)) for alive in (saved, again)), saved.started.get(0, 0.0)
 
 
-def _largest(plan: Plan) -> Sequence[int]:
-    """The micro batch of the first epoch with the most tokens."""
+def _largest(plan: Plan, task: Task[Any], widths: Sequence[Sequence[int]], *, grouped: bool) -> tuple[Sequence[int], int]:
+    """The micro batch of the first epoch with the most tokens, or where rows are padded in groups of similar lengths its largest group; and
+    how many groups it has."""
     micros = [micro for step in plan.epoch(0) for share in step.shares for micro in share if micro]
-    return max(micros, key=lambda rows: sum(plan.lengths[r] for r in rows))
+    rows = max(micros, key=lambda rows: sum(plan.lengths[r] for r in rows))
+    groups = task.groups(rows, widths, Layout(task.auto_model == CAUSAL_LM, 0, grouped=grouped))
+    return max(groups, key=lambda group: len(group) * max(sum(width[r] for width in widths) for r in group)), len(groups)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -124,8 +126,15 @@ def forecast(loaded: LoadedRecipe, *, trust_remote_code: bool = False) -> Foreca
     data = prepare(rows, base_dir=loaded.base_dir, seed=recipe.train.seed, max_positions=limit)
     task.settle(rows)
     refuse_unmeasured(recipe.expect, task.figures)
+    _import_layers(opened)
     program = psutil.Process().memory_info().rss if device.type == "cpu" else 0
     return Forecast(opened, task, data, program)
+
+
+def _import_layers(opened: Opened) -> None:
+    """Import the code of the model's layers: the process is going to hold it, some 100 MB with all that it imports."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module(type(opened.config).__module__.replace("configuration_", "modeling_"))
 
 
 def _bytes(opened: Opened) -> int:
