@@ -214,6 +214,7 @@ def speed() -> str:
         found = json.loads(path.read_text(encoding="utf-8"))
         where = found["machine"]
         about = f"{where['device_name']}, {where['cpu_capability']}, {where['threads']} thread{'s' * (where['threads'] > 1)}"
+        about += ", float32" if any(run["case"]["dtype"] == "float32" for run in found["runs"]) else ""
         lines, runs, missing = machines.setdefault(about, ([], [], {}))
         lines += found["summary"]
         runs += found["runs"]
@@ -227,8 +228,22 @@ def speed() -> str:
     return "\n".join(parts).rstrip()
 
 
+def memory() -> str:
+    """Predicted and measured peaks, as recorded."""
+    found = json.loads((ROOT / "scripts/results/memory.json").read_text(encoding="utf-8"))
+    lines = ["| run | predicted | measured | difference |", "| --- | --- | --- | --- |"]
+    for run in found["runs"]:
+        predicted, peak = (f"{run[name] / 2**20:,.0f} MiB" for name in ("predicted_bytes", "peak_bytes"))
+        lines.append(f"| {run['case']} | {predicted} | {peak} | {run['difference']:+.1%} |")
+    within = sum(abs(run["difference"]) <= 0.1 for run in found["runs"])
+    where = found["machine"]
+    about = f"{where['device_name']}, {where['cpu_capability']}, torch {where['torch']}, peftcli {where['peftcli']}"
+    return "\n".join([*lines, "", f"{within} of {len(found['runs'])} within 10 %. {about}."])
+
+
 PARTS = {
     "speed": speed,
+    "memory": memory,
     "faults": faults,
     "measured": measured,
     "methods": methods,

@@ -2,7 +2,7 @@
 kept; for a GPU ``triton_rows.py``, where Triton is installed.
 
 Nothing is compiled at installation and nothing depends on it: without a compiler, or with one that fails, :func:`library` is ``None`` and
-PyTorch's operators do the work. The build takes about a second and goes to the user's cache folder under a name that is a hash of
+PyTorch's operators do the work. The build takes about two seconds and goes to the user's cache folder under a name that is a hash of
 all that it depends on.
 """
 
