@@ -44,12 +44,14 @@ compare: environment-dev ## compare all methods on a real dataset (hours; PEFTCL
 soak: environment-dev ## hours of kills, bad recipes, mutated adapters and corrupted checkpoints, counted in scripts/results/soak.json
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py $(ARGS)
 
-bench: environment-dev ## measure speed and memory beside Hugging Face's peft + Trainer (hours; PEFTCLI_DATA_DIR holds gsm8k/ and sst2/) and record them
+bench: environment-dev ## measure speed and memory beside Hugging Face's peft + Trainer (hours; PEFTCLI_DATA_DIR holds gsm8k/, sst2/, formats/) and record them
 	$(BIN)/python scripts/benchmark.py --methods all --int8 lora --steps 4 --repeats 2 --results scripts/results/benchmark-language.json
 	$(BIN)/python scripts/benchmark.py --task sequence_classification --methods all --batch-sizes 32 --max-lengths 128 --steps 8 --repeats 3 \
 		--results scripts/results/benchmark-classes.json
+	$(BIN)/python scripts/benchmark.py --methods lora --dtype float32 --instructions avx2 --steps 3 --results scripts/results/benchmark-avx2.json
 	$(BIN)/python scripts/benchmark.py --sweep --steps 2 --results scripts/results/sweep.json
 	$(BIN)/python scripts/plot_benchmark.py
+	$(BIN)/python scripts/measure_memory.py
 	$(BIN)/python scripts/update_readme.py
 
 readme: environment-dev ## bring the generated parts of README.md and the JSON schemas up to date

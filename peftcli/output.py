@@ -127,16 +127,24 @@ class OutputFolder:
             self._lock = None
 
 
+# Numbers that a checksum widens at once.
+_PIECE = 1 << 20
+
+
 def fingerprints(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Two checksums of every trainable parameter's bits, to tell later which have moved."""
     return {name: _checksum(parameter) for name, parameter in trainable_state(model).items()}
 
 
 def _checksum(parameter: Tensor) -> tuple[int, int]:
-    bits = parameter.detach().contiguous().view(-1).view(torch.int32 if parameter.element_size() == 4 else torch.int64).to(torch.int64)
-    place = torch.arange(1, bits.numel() + 1, device=bits.device, dtype=torch.int64)
-    # Wrapping arithmetic is as good a checksum as any.
-    return int(bits.sum()), int((bits * place).sum())
+    bits = parameter.detach().contiguous().view(-1).view(torch.int32 if parameter.element_size() == 4 else torch.int64)
+    sums = torch.zeros(2, dtype=torch.int64, device=bits.device)
+    # Wrapping arithmetic is as good a checksum as any. A piece at a time: wide copies of all would be five times the parameter.
+    for start in range(0, bits.numel(), _PIECE):
+        piece = bits[start : start + _PIECE].to(torch.int64)
+        place = torch.arange(start + 1, start + len(piece) + 1, device=bits.device, dtype=torch.int64)
+        sums += torch.stack([piece.sum(), (piece * place).sum()])
+    return int(sums[0]), int(sums[1])
 
 
 def save_result(folder: Path, model: Any, method: Method[Any], task: Task[Any], base: Base, recipe: Recipe) -> Path:
