@@ -215,6 +215,7 @@ def speed() -> str:
         where = found["machine"]
         about = f"{where['device_name']}, {where['cpu_capability']}, {where['threads']} thread{'s' * (where['threads'] > 1)}"
         about += ", float32" if any(run["case"]["dtype"] == "float32" for run in found["runs"]) else ""
+        about += f", peftcli {where['peftcli']}"
         lines, runs, missing = machines.setdefault(about, ([], [], {}))
         lines += found["summary"]
         runs += found["runs"]
